@@ -1,0 +1,223 @@
+"""Fine-tune a frozen pretrained transformer on videos with text: which moments of the video does the sentence mean?
+
+Without arguments it makes a small data set of real video files and a base model, adapts the base with READ and, for
+comparison, trains its head alone, and shows both on the test videos:
+
+    python examples/finetune_video.py
+
+With your own videos, text transformer and vision model:
+
+    python examples/finetune_video.py --data my_videos --model my_text_model --frame-encoder my_vision_model
+
+The data folder holds an `annotations.jsonl` with one object a line: `video` (a path relative to the folder), `query`,
+`split` (train, validation or test), and either `relevant_windows` ([[start, end], ...] in seconds) or `clip_labels`
+(0 or 1 per clip).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
+from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
+from video_grounding import ordered_digits
+from video_grounding.annotations import SPLITS, Annotation, decode_clips, read_annotations
+from video_grounding.features import Collator, FrameEncoder, make_examples
+from video_grounding.modeling import GroundingConfig, GroundingModel
+from video_grounding.report import draw_saliency
+from video_grounding.training import Examples, grounding_metrics, predict, train
+
+import peft_read  # noqa: F401  (registers READ)
+
+
+RESULTS = "results.json"
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "read": {"r": 16, "cell": "gru"},
+    "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
+}
+LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 3e-3, 1e-2
+FEATURE_NOISE = 0.5
+
+
+def main() -> None:
+    """Make or read the data and the base, train, and report."""
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    if not args.evaluate:
+        check_output(args.output)
+        make_config(args.method, args.method_config, [])  # a mistake there shows before anything is made
+    make_defaults(args)
+    annotations = {split: [] for split in SPLITS}
+    for annotation in read_annotations(args.data):
+        annotations[annotation.split].append(annotation)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    encode = FrameEncoder(args.frame_encoder)
+    wanted = ["test"] if args.evaluate else SPLITS
+    examples = {split: make_examples(annotations[split], encode, tokenizer, args.clip_seconds) for split in wanted}
+    collator = Collator(tokenizer.pad_token_id or 0)
+    feature_size = examples["test"][0]["frame_features"].shape[-1]
+
+    if args.evaluate:
+        model = PeftModel.from_pretrained(load_base(args.model, feature_size), args.evaluate)
+        print(json.dumps(grounding_metrics(predict(model, examples["test"], collator), examples["test"])))
+        return
+
+    saliency, results = {}, {}
+    for method in dict.fromkeys((args.method, "head")):
+        model = adapt(load_base(args.model, feature_size), method, args.method_config, args.seed)
+        seconds = fit(args, model, method, examples["train"], collator.pad_token_id)
+        saliency[method] = predict(model, examples["test"], collator)
+        results[method] = {
+            "trainable weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "training seconds": round(seconds, 1),
+            "validation": grounding_metrics(predict(model, examples["validation"], collator), examples["validation"]),
+            "test": grounding_metrics(saliency[method], examples["test"]),
+        }
+        (args.output / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+        if isinstance(model, PeftModel):
+            model.save_pretrained(args.output / "adapter")
+
+    print_table(results)
+    draw(args, annotations["test"][:4], examples["test"][:4], saliency)
+    if args.method != "head":
+        check_saved_adapter(args, results[args.method]["test"])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with annotations.jsonl and videos (default: made once)")
+    parser.add_argument("--model", help="text transformer to adapt, a folder or hub id (default: made once)")
+    parser.add_argument("--frame-encoder", help="vision model of transformers for the frames, a folder or hub id")
+    parser.add_argument("--clip-seconds", type=float, default=ordered_digits.CLIP_SECONDS, help="length of a clip")
+    parser.add_argument("--method", default="read", help="a PEFT method, such as read or lora, or head for none")
+    parser.add_argument("--method-config", type=json.loads, help="fields of the method's config, as JSON")
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--learning-rate", type=float, help="peak rate (default: 3e-3, for the head alone 1e-2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of initialisation and order")
+    parser.add_argument("--output", type=Path, default=Path("runs/finetune_video"), help="folder for the results")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "peft_read", help="folder for what is made once"
+    )
+    parser.add_argument("--evaluate", metavar="ADAPTER", help="load this adapter and print its test metrics only")
+    args = parser.parse_args()
+    if (args.model is None) != (args.frame_encoder is None):
+        parser.error("--model and --frame-encoder go together: the default of one doesn't fit another of the other")
+    if args.clip_seconds <= 0 or args.steps <= 0:
+        parser.error("--clip-seconds and --steps must be positive")
+    return args
+
+
+def make_defaults(args: argparse.Namespace) -> None:
+    """Make what the command line leaves to the embedded default, once, and name it in `args`."""
+    if args.data is None:
+        args.data = args.cache / "videos"
+        ordered_digits.make_dataset(args.data)
+    if args.model is None:
+        base = args.cache / "base"
+        ordered_digits.make_base(base)
+        args.model, args.frame_encoder = str(base / "model"), str(base / "frame_encoder")
+
+
+def load_base(name: str, feature_size: int) -> GroundingModel:
+    """The model to adapt: one that was saved as a whole, or a text transformer with a new projection and head."""
+    config = AutoConfig.from_pretrained(name)
+    if isinstance(config, GroundingConfig):
+        return GroundingModel.from_pretrained(name)
+    config = GroundingConfig(config, feature_size, AutoTokenizer.from_pretrained(name).sep_token_id)
+    model = GroundingModel(config, AutoModel.from_pretrained(name))
+    model.name_or_path = name
+    return model
+
+
+def adapt(model: GroundingModel, method: str, fields: dict[str, Any] | None, seed: int) -> torch.nn.Module:
+    """Freeze `model` but for its head, and its projection if that is new, and add an adapter of a PEFT method."""
+    set_seed(seed)
+    is_saved = isinstance(AutoConfig.from_pretrained(model.name_or_path), GroundingConfig)
+    trained = ["saliency_head"] if is_saved else ["saliency_head", "frame_projection"]
+    if method == "head":
+        model.requires_grad_(False)
+        for name in trained:
+            model.get_submodule(name).requires_grad_(True)
+        return model
+    return get_peft_model(model, make_config(method, fields, trained))
+
+
+def make_config(method: str, fields: dict[str, Any] | None, trained: list[str]) -> PeftConfig | None:
+    """The configuration of a PEFT method, None for the head alone; `trained` are the modules trained beside it."""
+    if method == "head":
+        return None
+    fields = METHOD_DEFAULTS.get(method, {}) | (fields or {})
+    try:
+        return get_peft_config({"peft_type": method.upper(), "modules_to_save": trained, **fields})
+    except KeyError as error:
+        raise SystemExit(f"--method {method} is no PEFT method; try read, lora, ia3 or head.") from error
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--method-config doesn't fit --method {method}: {error}") from error
+
+
+def fit(args: argparse.Namespace, model: torch.nn.Module, method: str, examples: Examples, pad_token_id: int) -> float:
+    """Train, and return the seconds that it took."""
+    start = time.perf_counter()
+    train(
+        model,
+        examples,
+        Collator(pad_token_id, FEATURE_NOISE, examples),
+        steps=args.steps,
+        learning_rate=args.learning_rate or (HEAD_ALONE_LEARNING_RATE if method == "head" else LEARNING_RATE),
+        seed=args.seed,
+        output_dir=str(args.output),
+        description=method,
+    )
+    return time.perf_counter() - start
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to write into a folder that holds something else than an earlier run of this script."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / RESULTS).is_file():
+        raise SystemExit(f"{folder} isn't empty and wasn't written by this script: choose another --output.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    """The test metrics of each method."""
+    print(f"\n{'method':10} {'weights':>8} {'seconds':>8} {'test mAP':>9} {'hit@1':>6}")
+    for method, result in results.items():
+        weights, test = result["trainable weights"], result["test"]
+        print(f"{method:10} {weights:8,} {result['training seconds']:8} {test['mAP']:9.1f} {test['hit@1']:6.1f}")
+
+
+def draw(args: argparse.Namespace, shown: list[Annotation], examples: Examples, saliency: dict[str, Any]) -> None:
+    """Draw a few test videos with what each method makes of them."""
+    path = args.output / "saliency.png"
+    videos = [decode_clips(annotation.video, args.clip_seconds) for annotation in shown]
+    labels = [example["labels"].numpy() for example in examples]
+    draw_saliency(path, videos, [annotation.query for annotation in shown], labels, saliency, args.clip_seconds)
+    print(f"\nFrames, true moments and saliency of {len(shown)} test videos: {path}")
+
+
+def check_saved_adapter(args: argparse.Namespace, expected: dict[str, float]) -> None:
+    """Load the saved adapter in a new process of this script, where it must give the same."""
+    adapter = args.output / "adapter"
+    size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
+    print(f"Adapter and head: {adapter} ({size / 1024:.0f} KiB)", flush=True)
+    command = [sys.executable, __file__, "--evaluate", str(adapter), "--data", str(args.data)]
+    command += ["--model", args.model, "--frame-encoder", args.frame_encoder]
+    command += ["--clip-seconds", str(args.clip_seconds)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    again = json.loads(printed.splitlines()[-1])
+    print(f"Loaded again in a new process: test mAP {again['mAP']:.1f}, hit@1 {again['hit@1']:.1f}")
+    if any(abs(again[name] - value) > 0.01 for name, value in expected.items()):
+        raise SystemExit(f"The loaded adapter gives {again}, the trained one gave {expected}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The video example: its input, its errors, its model, and a whole run on tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
+from video_grounding import ordered_digits
+from video_grounding.annotations import Annotation, decode_clips, read_annotations
+from video_grounding.features import Collator
+from video_grounding.modeling import GroundingConfig, GroundingModel
+from video_grounding.training import grounding_metrics
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "finetune_video.py"
+
+
+def write_video(path, seconds, rate=4, audio_only=False):
+    """A video whose brightness is its second times ten."""
+    with av.open(str(path), "w") as container:
+        if audio_only:
+            stream = container.add_stream("aac", rate=16000)
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.float32), format="fltp", layout="mono")
+            sound.sample_rate = 16000
+            container.mux(stream.encode(sound))
+        else:
+            stream = container.add_stream("libx264", rate=rate)
+            stream.height = stream.width = 32
+            stream.pix_fmt = "yuv420p"
+            for index in range(round(seconds * rate)):
+                frame = np.full((32, 32, 3), 10 * (index // rate), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_data(folder, changes=(), splits=("train", "train", "train", "validation", "test")):
+    """A data folder of short videos; `changes` are put over the fields of its lines, None takes a field away."""
+    folder.mkdir()
+    lines = []
+    for number, split in enumerate(splits):
+        write_video(folder / f"{number}.mp4", seconds=4 + number % 2)
+        line = {"video": f"{number}.mp4", "query": "the five", "relevant_windows": [[1.0, 2.0]], "split": split}
+        line |= dict(changes[number]) if number < len(changes) else {}
+        lines.append(json.dumps({key: value for key, value in line.items() if value is not None}))
+    (folder / "annotations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": None}, r"annotations\.jsonl:2: field 'query' is missing"),
+        ({"video": 7}, r"annotations\.jsonl:2: field 'video' is missing or no text"),
+        ({"split": "dev"}, r"annotations\.jsonl:2: `split` must be one of .*'dev'"),
+        ({"relevant_windows": None}, r"annotations\.jsonl:2: needs either 'relevant_windows' or 'clip_labels'"),
+        ({"clip_labels": [0, 1]}, r"annotations\.jsonl:2: needs either .* not both"),
+        ({"relevant_windows": [[3, 1]]}, r"annotations\.jsonl:2: `relevant_windows` must be pairs of seconds"),
+        ({"relevant_windows": None, "clip_labels": [0, 2]}, r"annotations\.jsonl:2: `clip_labels` must be"),
+        ({"video": "gone.mp4"}, r"annotations\.jsonl:2: the video .*gone\.mp4 isn't there"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, change, message):
+    """Which line, and what is wrong with it."""
+    folder = write_data(tmp_path / "data", [{}, change])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_annotations(folder)
+
+
+def test_a_line_that_is_no_json_or_a_missing_split_or_file(tmp_path):
+    """The other ways in which a data folder can be wrong."""
+    with pytest.raises(FileNotFoundError, match=r"annotations\.jsonl isn't there"):
+        read_annotations(tmp_path)
+    folder = write_data(tmp_path / "data", splits=("train", "test"))
+    with pytest.raises(ValueError, match="no line with split 'validation'"):
+        read_annotations(folder)
+    (folder / "annotations.jsonl").write_text("{oops\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"annotations\.jsonl:1: not valid JSON"):
+        read_annotations(folder)
+
+
+def test_decodes_the_middle_of_each_clip(tmp_path):
+    """One frame a clip, the right one; half a clip at the end counts."""
+    write_video(tmp_path / "a.mp4", seconds=4.75)
+    frames = decode_clips(tmp_path / "a.mp4", clip_seconds=1.0)
+    assert frames.shape == (5, 32, 32, 3)
+    assert np.allclose(frames.mean((1, 2, 3)), [0, 10, 20, 30, 40], atol=3)
+    assert len(decode_clips(tmp_path / "a.mp4", clip_seconds=2.0)) == 2
+
+
+def test_videos_that_cannot_be_decoded_are_named(tmp_path):
+    """Empty, foreign, truncated, without pictures, too short: an error with the file's name."""
+    write_video(tmp_path / "good.mp4", seconds=2)
+    write_video(tmp_path / "sound.mp4", seconds=2, audio_only=True)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_bytes(b"no video at all" * 100)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "good.mp4").read_bytes()[:300])
+    for name in ("empty.mp4", "text.mp4", "cut.mp4"):
+        with pytest.raises(ValueError, match=rf"{name} (can't be decoded|holds no frame)"):
+            decode_clips(tmp_path / name, 1.0)
+    with pytest.raises(ValueError, match=r"sound\.mp4 has no video stream"):
+        decode_clips(tmp_path / "sound.mp4", 1.0)
+    with pytest.raises(ValueError, match=r"good\.mp4 is 2\.00 seconds long, shorter than half a clip"):
+        decode_clips(tmp_path / "good.mp4", 10.0)
+
+
+def test_windows_become_labels():
+    """A clip is meant if at least half of it is covered; explicit labels need the right number."""
+    annotation = Annotation(Path("a.mp4"), "q", "train", [[0.6, 2.0], [3.5, 4.0]], None, "f:1")
+    assert annotation.labels(5, 1.0).tolist() == [0, 1, 0, 1, 0]
+    assert annotation.labels(2, 2.0).tolist() == [1, 0]
+    labelled = Annotation(Path("a.mp4"), "q", "train", None, [0, 1], "f:1")
+    assert labelled.labels(2, 1.0).tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"f:1: 2 `clip_labels`, but a\.mp4 has 3 clips"):
+        labelled.labels(3, 1.0)
+
+
+def test_stories_ask_for_what_order_decides():
+    """The embedded task: no digit twice in a row, every clip accounted for, no image in two splits."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        story = ordered_digits.make_story(rng)
+        assert len(story.event_of_clip) == ordered_digits.NUM_CLIPS
+        assert sorted(set(story.event_of_clip) - {-1}) == list(range(len(story.digits)))
+        assert all(a != b for a, b in zip(story.digits, story.digits[1:], strict=False))
+    pools = ordered_digits.digit_images()
+    seen = [{image.tobytes() for images in pool.values() for image in images} for pool in pools.values()]
+    assert not seen[0] & seen[1]
+    assert not seen[0] & seen[2]
+    assert not seen[1] & seen[2]
+
+
+def tiny_text_config():
+    return BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+def test_padding_never_changes_a_saliency():
+    """Queries and videos of different lengths in one batch rate as they do alone."""
+    torch.manual_seed(0)
+    model = GroundingModel(GroundingConfig(tiny_text_config(), feature_size=4, sep_token_id=3)).eval()
+    examples = [
+        {
+            "input_ids": list(range(5, 5 + words)),
+            "frame_features": torch.randn(frames, 4),
+            "labels": torch.ones(frames),
+        }
+        for words, frames in ((2, 6), (5, 3), (1, 1))
+    ]
+    collate = Collator(pad_token_id=0)
+    together = model(**collate(examples))
+    for row, example in enumerate(examples):
+        alone = model(**collate([example]))
+        frames = len(example["labels"])
+        assert torch.allclose(together.logits[row, :frames], alone.logits[0], atol=1e-6)
+
+
+def test_metrics_by_hand():
+    """Two queries: average precisions 1 and (1/2 + 2/3) / 2; the first clip is right in one of them."""
+    examples = [{"labels": torch.tensor(labels)} for labels in ([0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0])]
+    saliency = [np.array([-1.0, 2.0]), np.array([3.0, 2.0, 1.0]), np.array([0.0, 1.0])]
+    metrics = grounding_metrics(saliency, examples)
+    assert metrics["mAP"] == pytest.approx(100 * (1 + (1 / 2 + 2 / 3) / 2) / 2)
+    assert metrics["hit@1"] == 50
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory):
+    """A text transformer and a vision model in folders, as a user has them."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    BertModel(tiny_text_config()).save_pretrained(folder / "text")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "five"]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "text")
+    vision = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16
+    )
+    ViTModel(vision).save_pretrained(folder / "vision")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "vision")
+    return folder
+
+
+def run(*arguments, **kwargs):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["", str(SCRIPT.parents[1])]).strip(os.pathsep)}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["read", "lora"])
+def test_a_users_own_data_and_models(tmp_path, tiny_models, method):
+    """Data folder in, metrics, picture and adapter out; the script itself checks the adapter in a new process."""
+    data = write_data(tmp_path / "data")
+    models = ["--model", tiny_models / "text", "--frame-encoder", tiny_models / "vision"]
+    output = tmp_path / "out"
+    done = run("--data", data, *models, "--output", output, "--steps", 2, "--method", method)
+    assert done.returncode == 0, done.stderr
+    assert "Loaded again in a new process: test mAP" in done.stdout
+    assert (output / "saliency.png").stat().st_size > 5000
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert set(results) == {method, "head"}
+
+
+def test_what_the_user_has_is_not_overwritten(tmp_path, tiny_models):
+    """A folder that holds something else is refused before training."""
+    data = write_data(tmp_path / "data")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious", encoding="utf-8")
+    models = ["--model", tiny_models / "text", "--frame-encoder", tiny_models / "vision"]
+    done = run("--data", data, *models, "--output", tmp_path / "mine", "--steps", 1)
+    assert done.returncode != 0
+    assert "wasn't written by this script" in done.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_wrong_method_is_refused_at_once(tmp_path):
+    """Before data and base are made: no such method, or a field that it can't have."""
+    for arguments, message in (
+        (["--method", "loar"], "--method loar is no PEFT method"),
+        (["--method-config", '{"cell": "mamba"}'], "`cell` must be one of"),
+    ):
+        done = run(*arguments, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert not (tmp_path / "cache").exists()
