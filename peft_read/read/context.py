@@ -10,13 +10,15 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from .targets import is_causal
 
 
 _ATTRIBUTE = "_read_forward_context"
@@ -29,27 +31,33 @@ class ForwardCall:
     """What one running forward was given that matters to a recurrence over its tokens.
 
     Attributes:
+        causal: whether the model's tokens see only earlier ones.
         tokens_shape: `(batch, time)` of the tokens, None if the model was given none.
         continues_cache: whether earlier tokens are in a cache, or may be: a cache that can't tell counts as filled.
+        backward: number of the backward pass in which the call was made, -1 outside of one.
     """
 
+    causal: bool
     tokens_shape: tuple[int, int] | None
     continues_cache: bool
     attention_mask: Any
     position_ids: Any
     cu_seq_lens: Any
+    backward: int
 
     @classmethod
-    def of(cls, arguments: dict[str, Any]) -> ForwardCall:
+    def of(cls, arguments: dict[str, Any], *, causal: bool) -> ForwardCall:
         """Read the arguments of a forward, at its start: later its cache already holds its own tokens."""
         given = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         tokens = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
         return cls(
+            causal=causal,
             tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
             continues_cache=_is_filled(arguments.get("past_key_values")),
             attention_mask=arguments.get("attention_mask"),
             position_ids=arguments.get("position_ids"),
             cu_seq_lens=arguments.get("cu_seq_lens_q"),
+            backward=_backward_pass(),
         )
 
     @cached_property
@@ -60,7 +68,7 @@ class ForwardCall:
         positions = self.position_ids
         if self.attention_mask is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
             return False
-        return bool((positions[:, 1:] < positions[:, :-1]).any())
+        return self.causal and bool((positions.diff(dim=1) != 1).any())  # where transformers separates them as well
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -94,7 +102,8 @@ class ForwardContext:
     which its layers share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool) -> None:
+        self._causal = causal
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
         self._argument_names: list[str] = []
@@ -104,7 +113,7 @@ class ForwardContext:
         """The context of `owner`, made and hooked in where there is none yet."""
         context: ForwardContext | None = owner.__dict__.get(_ATTRIBUTE)
         if context is None:
-            context = cls()
+            context = cls(is_causal(owner))
             context._argument_names = [
                 name
                 for name, parameter in inspect.signature(owner.forward).parameters.items()
@@ -136,19 +145,21 @@ class ForwardContext:
         Raises:
             RuntimeError: if none runs because a checkpoint recomputes a layer by itself.
         """
-        if self._stack:
-            return self._stack[-1]
-        if torch._C._current_graph_task_id() != -1:
+        call = self._stack[-1] if self._stack else None
+        # A forward that was interrupted from the keyboard leaves its call behind, which a backward pass mustn't take.
+        if call is not None and call.backward == _backward_pass():
+            return call
+        if _backward_pass() != -1:
             raise RuntimeError(
                 "A READ layer is recomputed in the backward pass by a checkpoint that it doesn't know of, so that it "
                 "can't tell which tokens are padding. Use the model's own `gradient_checkpointing_enable()`."
             )
-        return None
+        return call
 
     @contextmanager
     def resumed(self, call: ForwardCall) -> Iterator[None]:
         """Let `call` be the running one, when a part of it is computed again."""
-        self._stack.append(call)
+        self._stack.append(replace(call, backward=_backward_pass()))
         try:
             yield
         finally:
@@ -163,7 +174,8 @@ class ForwardContext:
     def _enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if owner.training and torch.is_grad_enabled():
             self._follow_checkpoints(owner)
-        self._stack.append(ForwardCall.of(dict(zip(self._argument_names, args, strict=False)) | kwargs))
+        arguments = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        self._stack.append(ForwardCall.of(arguments, causal=self._causal))
 
     def _leave(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._stack:  # empty if another pre-hook failed before ours
@@ -211,6 +223,10 @@ def _without_context(function: Callable[..., Any], context: ForwardContext) -> C
     if function.context is context:
         return inner
     return function if inner is function.checkpoint else _CheckpointInContext(function.context, inner)
+
+
+def _backward_pass() -> int:
+    return torch._C._current_graph_task_id()
 
 
 def _is_filled(cache: Any) -> bool:

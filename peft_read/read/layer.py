@@ -77,16 +77,21 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The base's output, adapted by the active adapters, or row by row by those named (`"__base__"`: by none).
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, beams: int = 1, **kwargs: Any) -> Any:
+        """The base's output, adapted by the active adapters, or sample by sample by those named (`"__base__"`: none).
+
+        Args:
+            adapter_names: one name per sample.
+            beams: rows that generation makes of a sample.
 
         Raises:
             ValueError: if the output has no time axis that the recurrence could run over, or the model was given
                 something under which its result would be wrong: a mask that doesn't fit, a filled cache, packed rows.
         """
         output = self.base_layer(*args, **kwargs)
-        names = [name for name in adapter_names or self.active_adapters if name in self.read_downward]
-        if self.disable_adapters or not names:
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in chosen if name in self.read_downward]
+        if self.disable_adapters or (adapter_names is None and not names):
             return output
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.shape[-1] != self.out_features:
@@ -100,14 +105,16 @@ class ReadLayer(nn.Module, BaseTunerLayer):
             for name in names:
                 adapted = adapted + self._delta(name, tokens, valid)
         else:
-            adapted = self._adapt_rows(tokens, valid, adapter_names)
+            adapted = self._adapt_rows(tokens, valid, adapter_names, beams)
         adapted = adapted.view(hidden.shape)
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
-    def _adapt_rows(self, tokens: Tensor, valid: Tensor | None, adapter_names: list[str]) -> Tensor:
+    def _adapt_rows(self, tokens: Tensor, valid: Tensor | None, adapter_names: list[str], beams: int) -> Tensor:
         """Each row with the adapter named for it; the rows of one sample, its beams or frames, follow each other."""
-        rows_per_name, rest = divmod(len(tokens), len(adapter_names))
-        if rest:
+        frames = {self.num_frames[name] or 1 for name in adapter_names if name in self.num_frames}
+        allowed = {1, beams} | frames
+        rows_per_name = len(tokens) // max(len(adapter_names), 1)
+        if rows_per_name not in allowed or rows_per_name * len(adapter_names) != len(tokens):
             raise ValueError(
                 f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for "
                 f"{len(tokens)} rows at {self.module_name}."
@@ -151,11 +158,13 @@ class ReadLayer(nn.Module, BaseTunerLayer):
 
     def _tokens_and_padding(self, hidden: Tensor, names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The output as `(batch, time, dim)` and its mask, checked, as far as the adapters `names` need time."""
+        recurrent = [name for name in names if name in self.read_recurrence]
+        if not recurrent and hidden.ndim != 2:
+            return hidden, None
         call = self.context.running()
         shape = call.tokens_shape if call is not None else None
         if hidden.ndim == 2 and shape is not None and shape[0] * shape[1] == len(hidden):
             hidden = hidden.unflatten(0, shape)  # some blocks (OPT's) flatten the rows around their feed-forward part
-        recurrent = [name for name in names if name in self.read_recurrence]
         if not recurrent:
             return hidden, None
         if hidden.ndim != 3:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import ReadConfig
 from .context import ForwardContext
 from .layer import CANNOT_MERGE, ReadLayer, ReadLinear
-from .targets import block_index, find_feed_forward_outputs, owner_of
+from .targets import block_index, find_feed_forward_outputs, is_causal, owner_of
 
 
 # Their outputs don't end in features, come with others of another meaning, or they are never called.
@@ -84,8 +85,11 @@ class ReadModel(BaseTuner):
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 self._check_target(name, module, config)
-        for name in config.modules_to_save or ():
-            if self.prefix in name:
+        saved = tuple(config.modules_to_save or ())
+        if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+            saved += tuple(SEQ_CLS_HEAD_NAMES)  # which PEFT adds for these tasks
+        for name, _ in model.named_modules():
+            if saved and name.endswith(saved) and self.prefix in name:
                 self._refuse_name(name)
 
     def _check_target(self, name: str, module: nn.Module, config: ReadConfig) -> None:
@@ -100,7 +104,7 @@ class ReadModel(BaseTuner):
                 f"READ can't adapt {name}, a {type(module).__name__}: it needs a module whose output ends in the "
                 "feature dimension, such as the last linear layer of a feed-forward block."
             )
-        if config.bidirectional and _is_causal(owner_of(self.model, name)):
+        if config.bidirectional and is_causal(owner_of(self.model, name)):
             raise ValueError(
                 f"`bidirectional=True` is for encoders, but {name} is in a decoder, where it would show every token "
                 "its future. Leave it out, or target the encoder alone."
@@ -199,6 +203,12 @@ class ReadModel(BaseTuner):
             ForwardContext.detach(module)
         return model
 
+    def _beams(self, arguments: dict[str, Any]) -> int:
+        """Rows that `generate` makes of each sample."""
+        config = arguments.get("generation_config") or getattr(self.model, "generation_config", None)
+        names = ("num_beams", "num_return_sequences")
+        return max(arguments.get(name) or getattr(config, name, None) or 1 for name in names)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Inference with an adapter per row: `adapter_names` reaches every layer for the time of this forward."""
@@ -206,6 +216,7 @@ class ReadModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        beams = self._beams(kwargs)
         if self.training:
             raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
@@ -218,7 +229,10 @@ class ReadModel(BaseTuner):
 
         def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # Another thread may run the same model with names of its own.
-            return (args, kwargs | {"adapter_names": adapter_names}) if threading.get_ident() == thread else None
+            if threading.get_ident() != thread:
+                return None
+            rows = {"beams": beams} if isinstance(module, ReadLayer) else {}
+            return args, kwargs | {"adapter_names": adapter_names} | rows
 
         handles = [
             module.register_forward_pre_hook(pass_names, with_kwargs=True)
@@ -230,10 +244,3 @@ class ReadModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _is_causal(owner: nn.Module) -> bool:
-    """Whether a model's tokens see only earlier ones."""
-    if getattr(getattr(owner, "config", None), "is_decoder", False):
-        return True
-    return any(getattr(module, "is_causal", False) is True for module in owner.modules())

@@ -56,6 +56,13 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
     return owner
 
 
+def is_causal(owner: nn.Module) -> bool:
+    """Whether a model's tokens see only earlier ones."""
+    if getattr(getattr(owner, "config", None), "is_decoder", False):
+        return True
+    return any(getattr(module, "is_causal", False) is True for module in owner.modules())
+
+
 def block_index(name: str, layers_pattern: list[str] | str | None = None) -> int | None:
     """Index of the block that a module lies in: the first number in its name, as in PEFT.
 

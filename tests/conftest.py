@@ -1,0 +1,16 @@
+"""Settings of the whole test suite."""
+
+import os
+
+
+# No test may depend on a network: what looks for a file on the Hub is told at once that there is none.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config):
+    """Warnings are errors; these are the exceptions, none of which a user of READ could do anything about."""
+    for reason in (
+        # PEFT 0.21 asks transformers 5.23 by a name that transformers has just renamed.
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    ):
+        config.addinivalue_line("filterwarnings", reason)
