@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--output", type=Path, default=Path("runs/grounding_methods"), help="folder for the results")
     args = parser.parse_args()
-    print("| method | trained weights | test mAP | hit@1 | training seconds |\n|---|---|---|---|---|")
+    print("| method | trained weights | test mAP | hit@1 |\n|---|---|---|---|")
     for number, (label, (method, fields)) in enumerate(METHODS.items()):
         runs = []
         for seed in tqdm(range(args.seeds), desc=label, leave=False):
@@ -48,8 +48,7 @@ def main() -> None:
         scores = {name: [run["test"][name] for run in runs] for name in ("mAP", "hit@1")}
         spread = {name: statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in scores.items()}
         cells = [f"{statistics.mean(values):.1f} ± {spread[name]:.1f}" for name, values in scores.items()]
-        seconds = statistics.median(run["training seconds"] for run in runs)
-        print(f"| {label} | {runs[0]['trainable weights']:,} | {cells[0]} | {cells[1]} | {seconds:.0f} |", flush=True)
+        print(f"| {label} | {runs[0]['trainable weights']:,} | {cells[0]} | {cells[1]} |", flush=True)
 
 
 if __name__ == "__main__":

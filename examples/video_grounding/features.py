@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from .annotations import Annotation, decode_clips
 
@@ -26,7 +27,7 @@ class FrameEncoder:
     def __init__(self, name: str | Path) -> None:
         self.model = AutoModel.from_pretrained(name).eval()
         self.model = getattr(self.model, "vision_model", self.model)
-        self.processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        self.processor = _pil_image_processor(name)
         if torch.cuda.is_available():
             self.model.to("cuda")
 
@@ -40,6 +41,13 @@ class FrameEncoder:
             pooled = getattr(output, "pooler_output", None)
             features.append((output.last_hidden_state.mean(1) if pooled is None else pooled).flatten(1).float().cpu())
         return torch.cat(features).clone()
+
+
+def _pil_image_processor(name: str | Path) -> transformers.BaseImageProcessor:
+    """The image processor that works on PIL images; `AutoImageProcessor` needs torchvision in older releases."""
+    kind = transformers.BaseImageProcessor.get_image_processor_dict(name)[0]["image_processor_type"]
+    pil_kind = kind.removesuffix("Pil").removesuffix("Fast") + "Pil"
+    return getattr(transformers, pil_kind, getattr(transformers, kind)).from_pretrained(name)
 
 
 def make_examples(
