@@ -6,18 +6,22 @@ forget it when the call ends; the layers look at the newest call that runs in th
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .decoding import RecurrentStates, StateHistory, cached_length, capacity_of, self_attention_cache
+from .masks import NAMES, valid_tokens
 from .targets import is_causal
 
 
@@ -26,73 +30,153 @@ _ATTRIBUTE = "_read_forward_context"
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForwardCall:
     """What one running forward was given that matters to a recurrence over its tokens.
 
     Attributes:
         causal: whether the model's tokens see only earlier ones.
         tokens_shape: `(batch, time)` of the tokens, None if the model was given none.
-        continues_cache: whether earlier tokens are in a cache, or may be: a cache that can't tell counts as filled.
+        mask: the model's own mask, in whatever form; None if it has none.
+        inner_masks: what parts of the model were given, such as the encoder above the adapted blocks, by their names.
+        pads_right: whether the model pads its tokens on the right to a whole number of windows.
+        cache: the cache that counts the model's own tokens, if one was passed.
+        past: tokens in it before this call, a tensor if its size is fixed; None if it doesn't count them.
+        is_paged: whether requests share the cache page by page (continuous batching).
+        position_ids: the positions, if they were passed.
+        cu_seq_lens: where packed sequences start and end, if that was passed.
         backward: number of the backward pass in which the call was made, -1 outside of one.
+        states: what the recurrences of this call leave for the next, by name.
     """
 
     causal: bool
     tokens_shape: tuple[int, int] | None
-    continues_cache: bool
-    attention_mask: Any
+    mask: Any
+    pads_right: bool
+    cache: Any
+    past: int | Tensor | None
+    is_paged: bool
     position_ids: Any
     cu_seq_lens: Any
     backward: int
+    inner_masks: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    _valid: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, arguments: dict[str, Any], *, causal: bool) -> ForwardCall:
+    def of(cls, owner: nn.Module, arguments: dict[str, Any], *, causal: bool) -> ForwardCall:
         """Read the arguments of a forward, at its start: later its cache already holds its own tokens."""
         given = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         tokens = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
+        cache = self_attention_cache(arguments.get("past_key_values"))
         return cls(
             causal=causal,
             tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
-            continues_cache=_is_filled(arguments.get("past_key_values")),
-            attention_mask=arguments.get("attention_mask"),
+            mask=next((arguments[name] for name in NAMES if arguments.get(name) is not None), None),
+            pads_right=hasattr(getattr(owner, "config", None), "attention_window"),
+            cache=cache,
+            past=0 if cache is None else cached_length(cache),
+            is_paged=arguments.get("write_index") is not None,
             position_ids=arguments.get("position_ids"),
             cu_seq_lens=arguments.get("cu_seq_lens_q"),
             backward=_backward_pass(),
         )
 
-    @cached_property
-    def is_packed(self) -> bool:
-        """Whether several sequences lie in one row, as padding-free collators put them there."""
-        if self.cu_seq_lens is not None:
-            return True
-        positions = self.position_ids
-        if self.attention_mask is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
-            return False
-        return self.causal and bool((positions.diff(dim=1) != 1).any())  # where transformers separates them as well
-
-    @cached_property
-    def mask(self) -> Tensor | None:
+    def valid_tokens(self, shape: tuple[int, int], part: str | None) -> Tensor | None:
         """`(batch, time)`, bool, true where a token is valid; None if all are.
 
+        Args:
+            shape: `(batch, time)` of the tokens as the adapted module sees them.
+            part: name of the part of the model whose mask counts where the model's own doesn't fit.
+
         Raises:
-            ValueError: if the model was given a mask of another form.
+            ValueError: if there is a mask that isn't for these tokens.
         """
-        mask = self.attention_mask
-        if mask is None:
+        if (shape, part) not in self._valid:
+            self._valid[shape, part] = self._read_mask(shape, self.inner_masks.get(part) if part else None)
+        return self._valid[shape, part]
+
+    def _read_mask(self, shape: tuple[int, int], inner_mask: Any) -> Tensor | None:
+        if self.mask is None and inner_mask is None:
             return None
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
+        past = 0 if self.past is None else self.past
+        valid = valid_tokens(self.mask, shape, past, additive=False)
+        if valid is None:
+            valid = valid_tokens(inner_mask, shape, past, additive=True)
+        if valid is None and self.pads_right and isinstance(self.mask, Tensor) and self.mask.ndim == 2:
+            missing = shape[1] - self.mask.shape[1]
+            valid = nn.functional.pad(self.mask != 0, (0, missing)) if missing > 0 else None
+        if valid is None:
+            mask = self.mask if self.mask is not None else inner_mask
             form = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
             raise ValueError(
-                f"READ must know which tokens are padding and can't read it off an `attention_mask` of {form}: pass "
-                "one of shape (batch, time), 1 where a token is valid."
-            )
-        if mask.is_floating_point() and bool((mask < 0).any()):
-            raise ValueError(
-                "READ must know which tokens are padding and takes `attention_mask` as 1 for valid tokens and 0 for "
-                "padding; this one has negative values."
+                f"READ can't tell which tokens are padding: the model was given an attention mask of {form}, and the "
+                f"adapted module's output has (batch, time) = {shape}. Pass a mask of shape (batch, time), 1 where a "
+                "token is valid; leave it out if nothing is padded; or target modules that see the tokens it is about."
             )
         # One look at the values for all layers of this call; models of transformers take one of their own.
-        return None if bool(mask.all()) else mask != 0
+        return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
+
+    @cached_property
+    def segments(self) -> list[int] | None:
+        """Lengths of the sequences that lie in the rows one after another, None if each row is one sequence."""
+        if self.tokens_shape is None or torch.compiler.is_compiling():
+            return None
+        batch, time = self.tokens_shape
+        if isinstance(self.cu_seq_lens, Tensor):
+            return self.cu_seq_lens.diff().tolist()
+        positions = self.position_ids
+        # Where transformers separates them as well: causal attention, no mask, no earlier tokens.
+        if not self.causal or self.mask is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+            return None
+        starts = torch.ones(batch, time, dtype=torch.bool, device=positions.device)
+        starts[:, 1:] = positions.diff(dim=1) != 1
+        if int(starts.sum()) == batch:
+            return None
+        edges = [*starts.flatten().nonzero()[:, 0].tolist(), batch * time]
+        return [end - start for start, end in itertools.pairwise(edges)]
+
+    def history(self, name: str) -> StateHistory | None:
+        """The states before this call's tokens, None if these are the first.
+
+        Raises:
+            ValueError: if the cache holds tokens of which the recurrence `name` has seen nothing.
+        """
+        if self.is_paged:
+            raise ValueError(
+                "READ can't run under continuous batching, which mixes the tokens of many requests in one row: use "
+                "`generate` with a padded batch."
+            )
+        if isinstance(self.past, int) and self.past == 0:
+            return None
+        known = RecurrentStates.of(self.cache)
+        history = known.histories.get(name) if known is not None else None
+        if isinstance(self.past, Tensor) and (history is not None or torch.compiler.is_compiling()):
+            return history
+        if isinstance(self.past, Tensor) and not bool(self.past > 0):
+            return None
+        if not isinstance(self.past, int) or history is None or history.length < self.past:
+            seen = 0 if history is None else history.length
+            held = "tokens that it doesn't count" if self.past is None else f"{int(self.past)} tokens"
+            raise ValueError(
+                f"READ ({name}) can't continue from this cache: it holds {held}, of which the recurrence has seen "
+                f"{seen}. Fill the cache with the same adapter active from its first token, or set use_cache=False."
+            )
+        return history
+
+    def finish(self, output: Any) -> None:
+        """Lay the states of this call beside the cache that it has filled, if there is one."""
+        cache = self.cache if self.cache is not None else self_attention_cache(_cache_in(output))
+        if cache is None or not self.states or self.past is None:
+            return
+        states = {name: compute() for name, compute in self.states.items()}
+        time = next(iter(states.values())).shape[1]
+        if isinstance(self.past, int) and cached_length(cache) != self.past + time:
+            return  # passed, but not filled
+        histories = RecurrentStates.beside(cache).histories
+        capacity = capacity_of(cache) if isinstance(self.past, Tensor) else 0
+        for name, steps in states.items():
+            histories.setdefault(name, StateHistory()).write(self.past, steps, capacity)
 
 
 class ForwardContext:
@@ -106,7 +190,7 @@ class ForwardContext:
         self._causal = causal
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
-        self._argument_names: list[str] = []
+        self._watched: set[str] = set()
 
     @classmethod
     def attach(cls, owner: nn.Module) -> ForwardContext:
@@ -114,17 +198,35 @@ class ForwardContext:
         context: ForwardContext | None = owner.__dict__.get(_ATTRIBUTE)
         if context is None:
             context = cls(is_causal(owner))
-            context._argument_names = [
-                name
-                for name, parameter in inspect.signature(owner.forward).parameters.items()
-                if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-            ]
             context._handles = [
                 owner.register_forward_pre_hook(context._enter, with_kwargs=True),
                 owner.register_forward_hook(context._leave, always_call=True),
             ]
             setattr(owner, _ATTRIBUTE, context)
         return context
+
+    def watch(self, owner: nn.Module, target: nn.Module) -> str | None:
+        """Note from now on the mask that a part of the model is given: some make one of their own there (wav2vec2).
+
+        Args:
+            owner: the model.
+            target: the module in it that is going to be adapted.
+
+        Returns:
+            Name of the outermost part around that module which takes a mask, None if there is none.
+        """
+        path = next(name for name, module in owner.named_modules() if module is target)
+        parts = path.split(".")[:-1]
+        for name in itertools.accumulate(parts, "{}.{}".format):
+            module = owner.get_submodule(name)
+            if "attention_mask" not in _positional_names(type(module)):  # type: ignore[arg-type]
+                continue
+            if name not in self._watched:
+                self._watched.add(name)
+                note = partial(self._note_mask, name)
+                self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            return name
+        return None
 
     @staticmethod
     def detach(owner: nn.Module) -> None:
@@ -174,12 +276,17 @@ class ForwardContext:
     def _enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if owner.training and torch.is_grad_enabled():
             self._follow_checkpoints(owner)
-        arguments = dict(zip(self._argument_names, args, strict=False)) | kwargs
-        self._stack.append(ForwardCall.of(arguments, causal=self._causal))
+        self._stack.append(ForwardCall.of(owner, _named(owner, args, kwargs), causal=self._causal))
+
+    def _note_mask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._stack:
+            self._stack[-1].inner_masks[name] = _named(module, args, kwargs).get("attention_mask")
 
     def _leave(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._stack:  # empty if another pre-hook failed before ours
-            self._stack.pop()
+            call = self._stack.pop()
+            if output is not None:  # None after an exception
+                call.finish(output)
 
     def _follow_checkpoints(self, owner: nn.Module) -> None:
         # At each forward: checkpointing may be switched on at any time.
@@ -225,16 +332,22 @@ def _without_context(function: Callable[..., Any], context: ForwardContext) -> C
     return function if inner is function.checkpoint else _CheckpointInContext(function.context, inner)
 
 
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(_positional_names(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
+
+
+@functools.cache
+def _positional_names(module_cls: type[nn.Module]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(module_cls.forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
 def _backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _is_filled(cache: Any) -> bool:
-    if cache is None:
-        return False
-    if not hasattr(cache, "get_seq_length"):  # a tuple of tensors, as older models have it
-        return len(cache) > 0
-    try:
-        return bool(cache.get_seq_length() > 0)
-    except ValueError:  # no layer of this cache counts its tokens
-        return True
+def _cache_in(output: Any) -> Any:
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, (tuple, list)):
+        cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,10 +15,31 @@ from transformers.activations import ACT2FN
 
 from .config import ReadConfig
 from .context import ForwardCall, ForwardContext
-from .recurrence import recurrent_scan, without_autocast
+from .recurrence import State, packed_states, recurrent_scan, unpack_state, without_autocast
 
 
 CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the recurrence must know of the tokens in some rows of the batch.
+
+    Attributes:
+        batch: rows of the whole batch.
+        rows: which of them these are.
+        valid: `(rows, time)`, true where a token isn't padding; None if none is.
+        call: the forward that they run through; None outside of one.
+    """
+
+    batch: int
+    rows: Tensor | slice = field(default_factory=lambda: slice(None))
+    valid: Tensor | None = None
+    call: ForwardCall | None = None
+
+    def of_rows(self, rows: Tensor) -> _Tokens:
+        """The same for some rows of the whole batch."""
+        return replace(self, rows=rows, valid=None if self.valid is None else self.valid[rows])
 
 
 class ReadLayer(nn.Module, BaseTunerLayer):
@@ -31,18 +54,27 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         out_features: size of the last dimension of its output.
         context: the running calls of the model that owns the module.
         module_name: the module's name in the adapted model, for messages.
+        part: name of the part of that model whose mask counts where the model's own doesn't fit.
     """
 
     adapter_layer_names: tuple[str, ...] = ("read_downward", "read_recurrence", "read_upward")
     other_param_names: tuple[str, ...] = ("r", "scaling", "num_frames", "activation", "read_dropout")
 
-    def __init__(self, base_layer: nn.Module, out_features: int, context: ForwardContext, module_name: str) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        out_features: int,
+        context: ForwardContext,
+        module_name: str,
+        part: str | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features: int = getattr(base_layer, "in_features", out_features)
         self.out_features = out_features
         self.context = context
         self.module_name = module_name
+        self.part = part
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.num_frames: dict[str, int | None] = {}
@@ -86,7 +118,7 @@ class ReadLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: if the output has no time axis that the recurrence could run over, or the model was given
-                something under which its result would be wrong: a mask that doesn't fit, a filled cache, packed rows.
+                something under which its result would be wrong: a mask that doesn't fit, a cache filled without READ.
         """
         output = self.base_layer(*args, **kwargs)
         chosen = self.active_adapters if adapter_names is None else adapter_names
@@ -99,56 +131,83 @@ class ReadLayer(nn.Module, BaseTunerLayer):
                 f"READ at {self.module_name} was made for {self.out_features} features, but this module's output has "
                 f"shape {tuple(hidden.shape)}. Target a module whose output ends in the model's width."
             )
-        tokens, valid = self._tokens_and_padding(hidden, names)
+        x, tokens = self._tokens_and_call(hidden, names)
         if adapter_names is None:
-            adapted = tokens
+            adapted = x
             for name in names:
-                adapted = adapted + self._delta(name, tokens, valid)
+                adapted = adapted + self._delta(name, x, tokens)
         else:
-            adapted = self._adapt_rows(tokens, valid, adapter_names, beams)
+            adapted = self._adapt_rows(x, tokens, adapter_names, beams)
         adapted = adapted.view(hidden.shape)
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
-    def _adapt_rows(self, tokens: Tensor, valid: Tensor | None, adapter_names: list[str], beams: int) -> Tensor:
+    def _adapt_rows(self, x: Tensor, tokens: _Tokens, adapter_names: list[str], beams: int) -> Tensor:
         """Each row with the adapter named for it; the rows of one sample, its beams or frames, follow each other."""
         frames = {self.num_frames[name] or 1 for name in adapter_names if name in self.num_frames}
         allowed = {1, beams} | frames
-        rows_per_name = len(tokens) // max(len(adapter_names), 1)
-        if rows_per_name not in allowed or rows_per_name * len(adapter_names) != len(tokens):
+        rows_per_name = len(x) // max(len(adapter_names), 1)
+        if rows_per_name not in allowed or rows_per_name * len(adapter_names) != len(x):
             raise ValueError(
                 f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for "
-                f"{len(tokens)} rows at {self.module_name}."
+                f"{len(x)} rows at {self.module_name}."
             )
-        adapted = tokens.clone()
+        adapted = x.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.read_downward:
-                chosen = torch.tensor([n == name for n in adapter_names], device=tokens.device)
+                chosen = torch.tensor([n == name for n in adapter_names], device=x.device)
                 rows = chosen.repeat_interleave(rows_per_name).nonzero()[:, 0]
-                adapted[rows] = tokens[rows] + self._delta(name, tokens[rows], None if valid is None else valid[rows])
+                adapted[rows] = x[rows] + self._delta(name, x[rows], tokens.of_rows(rows))
         return adapted
 
-    def _delta(self, name: str, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """What adapter `name` adds to `tokens (..., dim)`, of which `valid (batch, time)` aren't padding."""
+    def _delta(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
+        """What adapter `name` adds to `x (..., dim)`."""
         down, up = cast(nn.Linear, self.read_downward[name]), cast(nn.Linear, self.read_upward[name])
-        with without_autocast(tokens.device):
+        with without_autocast(x.device):
             dtype = torch.promote_types(down.weight.dtype, torch.float32)
-            bottleneck = _linear(self._cast_input_dtype(tokens, dtype), down)
+            bottleneck = _linear(self._cast_input_dtype(x, dtype), down)
             if name in self.read_recurrence:
-                bottleneck = self._recur(name, bottleneck, valid)
+                bottleneck = self._recur(name, bottleneck, tokens)
             added = _linear(self.activation[name](bottleneck), up)
-            return (self.scaling[name] * self.read_dropout[name](added)).to(tokens.dtype)
+            return (self.scaling[name] * self.read_dropout[name](added)).to(x.dtype)
 
-    def _recur(self, name: str, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _recur(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
         """Run the recurrence over the tokens or over the frames of `x (batch, tokens, r)`."""
         cell, frames = cast(nn.RNNBase, self.read_recurrence[name]), self.num_frames[name]
-        if frames is None:
-            return recurrent_scan(x, cell, mask=valid)[0]
+        if frames is not None:
+            return self._recur_over_frames(cell, frames, x, tokens.valid)
+        call = tokens.call
+        if call is None:
+            return recurrent_scan(x, cell, mask=tokens.valid)[0]
+        key = f"{self.module_name}, adapter {name}"
+        history = call.history(key)
+        if call.segments is not None:
+            return _recur_over_segments(cell, call.segments, x)
+        start = None
+        if history is not None:
+            assert call.past is not None
+            start = unpack_state(history.before(call.past)[tokens.rows], cell)
+        outputs, _ = recurrent_scan(x, cell, mask=tokens.valid, state=start)
+        if not cell.bidirectional:
+            call.states[key] = partial(self._states_to_keep, cell, x, outputs, tokens, start)
+        return outputs
+
+    @staticmethod
+    def _states_to_keep(cell: nn.RNNBase, x: Tensor, outputs: Tensor, tokens: _Tokens, start: State | None) -> Tensor:
+        """The state after every token, `(batch, time, width)`, for all rows of the batch."""
+        states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
+        if tokens.batch == len(states):
+            return states
+        every = states.new_zeros(tokens.batch, *states.shape[1:])
+        every[tokens.rows] = states
+        return every
+
+    def _recur_over_frames(self, cell: nn.RNNBase, frames: int, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Each token position's state over the frames of its video: `(videos * frames, tokens, r)`."""
         if len(x) % frames:
             raise ValueError(
                 f"READ at {self.module_name} recurs over num_frames={frames} frames a video, which doesn't divide its "
                 f"batch of {len(x)} images. Give whole videos, or set `num_frames` to the frames that they have."
             )
-        # (videos * frames, tokens, ...) -> (videos * tokens, frames, ...) and back
         tokens = x.shape[1]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if valid is not None:
@@ -156,45 +215,24 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         states = recurrent_scan(x, cell, mask=valid)[0]
         return states.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
 
-    def _tokens_and_padding(self, hidden: Tensor, names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """The output as `(batch, time, dim)` and its mask, checked, as far as the adapters `names` need time."""
+    def _tokens_and_call(self, hidden: Tensor, names: list[str]) -> tuple[Tensor, _Tokens]:
+        """The output as `(batch, time, dim)` and what is known of its tokens, as far as the adapters need time."""
         recurrent = [name for name in names if name in self.read_recurrence]
         if not recurrent and hidden.ndim != 2:
-            return hidden, None
+            return hidden, _Tokens(len(hidden))
         call = self.context.running()
         shape = call.tokens_shape if call is not None else None
         if hidden.ndim == 2 and shape is not None and shape[0] * shape[1] == len(hidden):
             hidden = hidden.unflatten(0, shape)  # some blocks (OPT's) flatten the rows around their feed-forward part
         if not recurrent:
-            return hidden, None
+            return hidden, _Tokens(len(hidden))
         if hidden.ndim != 3:
             raise ValueError(
                 f"READ needs an output of shape (batch, time, features), but {self.module_name} gives one of shape "
                 f"{tuple(hidden.shape)}. Target the module that gives such an output, or use cell='none'."
             )
-        if call is None:
-            return hidden, None
-        if any(self.num_frames[name] is None for name in recurrent):
-            self._refuse_partial_sequences(call)
-        if call.mask is not None and call.mask.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"READ at {self.module_name} can't tell padding there: the model's `attention_mask` has shape "
-                f"{tuple(call.mask.shape)}, this module's output (batch, time) = {tuple(hidden.shape[:2])}. Leave the "
-                "mask out if nothing is padded, or target modules that see the tokens that it is about."
-            )
-        return hidden, call.mask
-
-    def _refuse_partial_sequences(self, call: ForwardCall) -> None:
-        if call.continues_cache:
-            raise ValueError(
-                f"READ at {self.module_name} can't continue from a filled cache: the recurrent state of the earlier "
-                "tokens isn't in it. Pass the whole sequence; with `generate`, set use_cache=False."
-            )
-        if call.is_packed:
-            raise ValueError(
-                f"READ at {self.module_name} would carry its state from one packed sequence into the next. Pad the "
-                "sequences into rows of their own and pass an `attention_mask`."
-            )
+        valid = None if call is None else call.valid_tokens((hidden.shape[0], hidden.shape[1]), self.part)
+        return hidden, _Tokens(len(hidden), valid=valid, call=call)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: a recurrence can't be folded into a matrix."""
@@ -240,3 +278,17 @@ def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
     if linear.weight.dtype == x.dtype:
         return linear(x)
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+
+
+def _recur_over_segments(cell: nn.RNNBase, segments: list[int], x: Tensor) -> Tensor:
+    """Every packed sequence from a state of its own: `x (batch, time, r)`, the segments one after another."""
+    if sum(segments) != x.shape[0] * x.shape[1]:
+        raise ValueError(
+            f"READ was given packed sequences of {sum(segments)} tokens in a batch of {x.shape[0] * x.shape[1]}: "
+            "`cu_seq_lens_q` must cover all of them, padding included."
+        )
+    apart = nn.utils.rnn.pad_sequence(x.flatten(0, 1).split(segments), batch_first=True)
+    lengths = torch.tensor(segments, device=x.device)
+    mask = torch.arange(apart.shape[1], device=x.device) < lengths[:, None]
+    outputs = recurrent_scan(apart, cell, mask=mask)[0]
+    return outputs[mask].unflatten(0, x.shape[:2])

@@ -147,7 +147,9 @@ class ReadModel(BaseTuner):
         width = self._width(current_key, target)
         assert width is not None
         layer_cls = ReadLinear if isinstance(target, (nn.Linear, Conv1D)) else ReadLayer
-        layer = layer_cls(target, width, ForwardContext.attach(owner_of(self.model, current_key)), current_key)
+        owner = owner_of(self.model, current_key)
+        context = ForwardContext.attach(owner)
+        layer = layer_cls(target, width, context, current_key, part=context.watch(owner, target))
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, r, peft_config)
         if adapter_name not in self.active_adapters:

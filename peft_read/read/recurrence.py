@@ -67,6 +67,51 @@ def recurrent_scan(
     return joined.to(x.dtype), (parts[0], parts[1]) if isinstance(cell, nn.LSTM) else parts[0]
 
 
+def packed_states(
+    x: Tensor, outputs: Tensor, cell: nn.RNNBase, *, mask: Tensor | None = None, state: State | None = None
+) -> Tensor:
+    """The state after every step of a scan, as one tensor, from which any later scan may start.
+
+    Args:
+        x: `(batch, time, features)`, what was scanned.
+        outputs: `(batch, time, hidden)`, what `recurrent_scan` gave for it, in one direction.
+        cell: as there.
+        mask: as there.
+        state: as there.
+
+    Returns:
+        `(batch, time, hidden)`, for an LSTM `(batch, time, 2 * hidden)` with its memory behind the hidden state.
+    """
+    if not isinstance(cell, nn.LSTM):
+        return outputs
+    batch, _, size = outputs.shape
+    hidden, memory = (part[0] for part in state) if state is not None else outputs.new_zeros(2, batch, size)
+    with without_autocast(x.device):
+        before = torch.cat([hidden[:, None], outputs[:, :-1]], dim=1)
+        w_in, w_hidden, b_in, b_hidden = (None if w is None else w.to(outputs.dtype) for w in _weights(cell, 0))
+        assert w_in is not None
+        assert w_hidden is not None
+        gates = F.linear(x, w_in, b_in) + F.linear(before, w_hidden, b_hidden)
+        enter, keep, new, _ = gates.chunk(4, dim=-1)
+        keep, added = keep.sigmoid(), enter.sigmoid() * new.tanh()
+        if mask is not None:
+            keep = torch.where(mask[..., None], keep, 1)
+            added = torch.where(mask[..., None], added, 0)
+        memories = []
+        for factor, term in zip(keep.unbind(1), added.unbind(1), strict=True):
+            memory = torch.addcmul(term, factor, memory)
+            memories.append(memory)
+    return torch.cat([outputs, torch.stack(memories, dim=1)], dim=-1)
+
+
+def unpack_state(packed: Tensor, cell: nn.RNNBase) -> State:
+    """One step of `packed_states`, `(batch, width)`, as the `state` of `recurrent_scan`."""
+    if isinstance(cell, nn.LSTM):
+        hidden, memory = packed.chunk(2, dim=-1)
+        return hidden[None], memory[None]
+    return packed[None]
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations on `device` keep the dtypes of their arguments."""
     if torch.amp.is_autocast_available(device.type):
