@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class ForwardCall:
     inner_masks: dict[str, Any] = field(default_factory=dict)
     states: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     _valid: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
+    _segments: Any = ()  # until somebody asks
 
     @classmethod
     def of(cls, owner: nn.Module, arguments: dict[str, Any], *, causal: bool) -> ForwardCall:
@@ -117,9 +118,13 @@ class ForwardCall:
         # One look at the values for all layers of this call; models of transformers take one of their own.
         return None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
 
-    @cached_property
     def segments(self) -> list[int] | None:
         """Lengths of the sequences that lie in the rows one after another, None if each row is one sequence."""
+        if self._segments == ():
+            self._segments = self._find_segments()
+        return self._segments
+
+    def _find_segments(self) -> list[int] | None:
         if self.tokens_shape is None or torch.compiler.is_compiling():
             return None
         batch, time = self.tokens_shape
@@ -343,7 +348,7 @@ def _positional_names(module_cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 def _backward_pass() -> int:
-    return torch._C._current_graph_task_id()
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _cache_in(output: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -15,10 +14,7 @@ from transformers.activations import ACT2FN
 
 from .config import ReadConfig
 from .context import ForwardCall, ForwardContext
-from .recurrence import State, packed_states, recurrent_scan, unpack_state, without_autocast
-
-
-CELLS: dict[str, Callable[..., nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+from .recurrence import Recurrence, State, packed_states, unpack_state, without_autocast
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,7 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         self.read_downward[adapter_name] = nn.Linear(self.out_features, r)
         states = r
         if config.cell != "none":
-            cell = CELLS[config.cell](r, r, batch_first=True, bidirectional=config.bidirectional)
-            self.read_recurrence[adapter_name] = cell
+            self.read_recurrence[adapter_name] = Recurrence(config.cell, r, bidirectional=config.bidirectional)
             states = 2 * r if config.bidirectional else r
         up = nn.Linear(states, self.out_features)
         if config.init_weights:
@@ -172,27 +167,28 @@ class ReadLayer(nn.Module, BaseTunerLayer):
 
     def _recur(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
         """Run the recurrence over the tokens or over the frames of `x (batch, tokens, r)`."""
-        cell, frames = cast(nn.RNNBase, self.read_recurrence[name]), self.num_frames[name]
+        cell, frames = cast(Recurrence, self.read_recurrence[name]), self.num_frames[name]
         if frames is not None:
             return self._recur_over_frames(cell, frames, x, tokens.valid)
         call = tokens.call
         if call is None:
-            return recurrent_scan(x, cell, mask=tokens.valid)[0]
+            return cell(x, tokens.valid)[0]
         key = f"{self.module_name}, adapter {name}"
         history = call.history(key)
-        if call.segments is not None:
-            return _recur_over_segments(cell, call.segments, x)
+        segments = call.segments()
+        if segments is not None:
+            return _recur_over_segments(cell, segments, x)
         start = None
         if history is not None:
             assert call.past is not None
             start = unpack_state(history.before(call.past)[tokens.rows], cell)
-        outputs, _ = recurrent_scan(x, cell, mask=tokens.valid, state=start)
+        outputs, _ = cell(x, tokens.valid, start)
         if not cell.bidirectional:
             call.states[key] = partial(self._states_to_keep, cell, x, outputs, tokens, start)
         return outputs
 
     @staticmethod
-    def _states_to_keep(cell: nn.RNNBase, x: Tensor, outputs: Tensor, tokens: _Tokens, start: State | None) -> Tensor:
+    def _states_to_keep(cell: Recurrence, x: Tensor, outputs: Tensor, tokens: _Tokens, start: State | None) -> Tensor:
         """The state after every token, `(batch, time, width)`, for all rows of the batch."""
         states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
         if tokens.batch == len(states):
@@ -201,7 +197,7 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         every[tokens.rows] = states
         return every
 
-    def _recur_over_frames(self, cell: nn.RNNBase, frames: int, x: Tensor, valid: Tensor | None) -> Tensor:
+    def _recur_over_frames(self, cell: Recurrence, frames: int, x: Tensor, valid: Tensor | None) -> Tensor:
         """Each token position's state over the frames of its video: `(videos * frames, tokens, r)`."""
         if len(x) % frames:
             raise ValueError(
@@ -212,7 +208,7 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if valid is not None:
             valid = valid.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
-        states = recurrent_scan(x, cell, mask=valid)[0]
+        states = cell(x, valid)[0]
         return states.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
 
     def _tokens_and_call(self, hidden: Tensor, names: list[str]) -> tuple[Tensor, _Tokens]:
@@ -280,7 +276,7 @@ def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
 
 
-def _recur_over_segments(cell: nn.RNNBase, segments: list[int], x: Tensor) -> Tensor:
+def _recur_over_segments(cell: Recurrence, segments: list[int], x: Tensor) -> Tensor:
     """Every packed sequence from a state of its own: `x (batch, time, r)`, the segments one after another."""
     if sum(segments) != x.shape[0] * x.shape[1]:
         raise ValueError(
@@ -290,5 +286,5 @@ def _recur_over_segments(cell: nn.RNNBase, segments: list[int], x: Tensor) -> Te
     apart = nn.utils.rnn.pad_sequence(x.flatten(0, 1).split(segments), batch_first=True)
     lengths = torch.tensor(segments, device=x.device)
     mask = torch.arange(apart.shape[1], device=x.device) < lengths[:, None]
-    outputs = recurrent_scan(apart, cell, mask=mask)[0]
+    outputs = cell(apart, mask)[0]
     return outputs[mask].unflatten(0, x.shape[:2])
