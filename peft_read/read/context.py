@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .decoding import RecurrentStates, StateHistory, cached_length, capacity_of, self_attention_cache
+from .decoding import RecurrentStates, StateHistory, cached_length, self_attention_cache
 from .masks import NAMES, valid_tokens
 from .targets import is_causal
 
@@ -179,9 +179,8 @@ class ForwardCall:
         if isinstance(self.past, int) and cached_length(cache) != self.past + time:
             return  # passed, but not filled
         histories = RecurrentStates.beside(cache).histories
-        capacity = capacity_of(cache) if isinstance(self.past, Tensor) else 0
         for name, steps in states.items():
-            histories.setdefault(name, StateHistory()).write(self.past, steps, capacity)
+            histories.setdefault(name, StateHistory()).write(self.past, steps, cache)
 
 
 class ForwardContext:

@@ -43,15 +43,15 @@ class StateHistory:
             return self._steps.index_select(1, index)[:, 0] * (position > 0)
         return self._steps[:, position - 1] if position else torch.zeros_like(self._steps[:, 0])
 
-    def write(self, position: int | Tensor, states: Tensor, capacity: int) -> None:
+    def write(self, position: int | Tensor, states: Tensor, cache: Any) -> None:
         """Put `states (batch, time, width)` at `position` and after, over what may be there.
 
         Args:
             position: as in `before`.
-            capacity: positions that a cache of fixed size has.
+            cache: the cache whose tokens these are.
         """
         if isinstance(position, Tensor):
-            self._write_in_place(position, states, capacity)
+            self._write_in_place(position, states, cache)
         else:
             self._write_growing(position, states)
 
@@ -60,9 +60,10 @@ class StateHistory:
         if self._steps is not None:
             self._steps = function(self._steps)
 
-    def _write_in_place(self, position: Tensor, states: Tensor, capacity: int) -> None:
+    def _write_in_place(self, position: Tensor, states: Tensor, cache: Any) -> None:
         if self._steps is None or len(self._steps) != len(states):
-            self._steps = states.new_zeros(states.shape[0], capacity, states.shape[2])
+            self._steps = states.new_zeros(states.shape[0], capacity_of(cache), states.shape[2])
+        capacity = self._steps.shape[1]
         index = (position.to(states.device) + torch.arange(states.shape[1], device=states.device)) % capacity
         self._steps.index_copy_(1, index, states)
         self.length = capacity
