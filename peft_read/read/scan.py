@@ -39,9 +39,19 @@ def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> li
         memory = start[1] if kind == "lstm" else none
         outputs, *final = _scan_operator(kind, x, *weights[:2], *biases, start[0], memory)
         return [outputs, *final[: len(start)]]
+    if x.shape[1] == 1:
+        return _step(kind, x[:, 0], weights, start)
     if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
         return _scan_on_cpu(kind, x, weights, start)
     return _scan_by_torch(kind, x, weights, start)
+
+
+def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    """One step alone, as in decoding."""
+    cell = getattr(torch, f"{kind}_cell")
+    state = cell(x, start if kind == "lstm" else start[0], *weights)
+    states = list(state) if kind == "lstm" else [state]
+    return [states[0][:, None], *states]
 
 
 def _scan_on_cpu(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
