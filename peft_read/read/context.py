@@ -72,7 +72,7 @@ class ForwardCall:
         return cls(
             causal=causal,
             tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
-            mask=next((arguments[name] for name in NAMES if arguments.get(name) is not None), None),
+            mask=next((mask for name in NAMES if (mask := _without_empty(arguments.get(name))) is not None), None),
             pads_right=hasattr(getattr(owner, "config", None), "attention_window"),
             cache=cache,
             past=0 if cache is None else cached_length(cache),
@@ -126,8 +126,9 @@ class ForwardCall:
         if isinstance(self.cu_seq_lens, Tensor):
             return self.cu_seq_lens.diff().tolist()
         positions = self.position_ids
-        # Where transformers separates them as well: causal attention, no mask, no earlier tokens.
-        if not self.causal or self.mask is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        # Where transformers separates them as well: causal attention, no mask, no cache.
+        separates = self.causal and self.mask is None and self.cache is None
+        if not separates or not isinstance(positions, Tensor) or positions.ndim != 2:
             return None
         starts = torch.ones(batch, time, dtype=torch.bool, device=positions.device)
         starts[:, 1:] = positions.diff(dim=1) != 1
@@ -340,6 +341,11 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _positional_names(module_cls: type[nn.Module]) -> tuple[str, ...]:
     parameters = list(inspect.signature(module_cls.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _without_empty(mask: Any) -> Any:
+    """None for a dict of no masks, which generation passes where nothing is padded."""
+    return None if isinstance(mask, dict) and all(kind is None for kind in mask.values()) else mask
 
 
 def _backward_pass() -> int:

@@ -63,8 +63,11 @@ class StateHistory:
     def _write_in_place(self, position: Tensor, states: Tensor, capacity: int) -> None:
         if self._steps is None or len(self._steps) != len(states):
             self._steps = states.new_zeros(states.shape[0], capacity, states.shape[2])
-        index = (position.to(states.device) + torch.arange(states.shape[1], device=states.device)) % capacity
-        self._steps.index_copy_(1, index, states)
+        # Where all layers have sliding windows there is room for fewer tokens than a prompt may have.
+        time = min(states.shape[1], capacity)
+        first = position.to(states.device) + states.shape[1] - time
+        index = (first + torch.arange(time, device=states.device)) % capacity
+        self._steps.index_copy_(1, index, states[:, -time:])
         self.length = capacity
 
     def _write_growing(self, position: int, states: Tensor) -> None:
