@@ -74,11 +74,13 @@ def test_prefill_in_chunks(family, cell, size):
 
 
 def repeating(family):
-    """One prompt, in which things are said twice."""
-    batch = prompt(family, (6,))
-    if "input_ids" not in batch:
-        return batch
-    return batch | {k: torch.cat([batch[k], batch[k][:, -6:]], dim=1) for k in ("input_ids", "attention_mask")}
+    """One prompt for the decoder, in which things are said twice."""
+    batch, said = prompt(family, (6,)), random_ids(1, 6, seed=2)
+    said = torch.cat([said, said[:, 1:], said[:, :3]], dim=1)
+    if GENERATORS[family].encoder_decoder:
+        return batch | {"decoder_input_ids": said}
+    ids = torch.cat([batch["input_ids"], said], dim=1)
+    return batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @EVERY_MODEL
@@ -90,21 +92,25 @@ def test_prompt_lookup(family, cell):
 
 
 def assistant_of(family, cell):
-    """A smaller hand in the same model: near enough for some of its drafts to be taken."""
-    model = generator(family, cell)
+    """A model with an adapter of its own, near enough to the other one for some of its drafts to be taken, not all."""
+    model, noise = generator(family, cell), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "read_upward" in name:
-                parameter.mul_(0.8)
-    return model.get_base_model()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.2 * parameter.std())
+    model = model.get_base_model()
+    model.generation_config.assistant_confidence_threshold = 0.0
+    model.generation_config.num_assistant_tokens = 3
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    return model
 
 
 @EVERY_MODEL
 def test_assisted_decoding(family, cell):
-    """Drafts come from another model with an adapter of its own, whose cache is taken back as well."""
-    model, batch = generator(family, cell), prompt(family, (6,))
-    assisted = generate(model, batch, max_new_tokens=12, assistant_model=assistant_of(family, cell))
-    assert_same(assisted, uncached(model, batch, max_new_tokens=12))
+    """Drafts come from another model, whose cache is taken back as well."""
+    model, batch, options = generator(family, cell), repeating(family), {"max_new_tokens": 12}
+    assisted = generate(model, batch, **options, assistant_model=assistant_of(family, cell))
+    assert_same(assisted, uncached(model, batch, **options))
 
 
 @EVERY_DECODER
