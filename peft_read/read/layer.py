@@ -179,16 +179,17 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         if call is None:
             return recurrent_scan(x, cell, mask=tokens.valid)[0]
         key = f"{self.module_name}, adapter {name}"
-        history = call.history(key)
+        while key in call.states:
+            key += ", again"  # some models call one module in several places
+        before = call.start(key, tokens.rows)
         if call.segments is not None:
             return _recur_over_segments(cell, call.segments, x)
-        start = None
-        if history is not None:
-            assert call.past is not None
-            start = unpack_state(history.before(call.past)[tokens.rows], cell)
+        start = None if before is None else unpack_state(before, cell)
         outputs, _ = recurrent_scan(x, cell, mask=tokens.valid, state=start)
         if not cell.bidirectional:
             call.states[key] = partial(self._states_to_keep, cell, x, outputs, tokens, start)
+            if len(x) != tokens.batch:
+                call.partial.add(key)
         return outputs
 
     @staticmethod
@@ -197,7 +198,7 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
         if tokens.batch == len(states):
             return states
-        every = states.new_zeros(tokens.batch, *states.shape[1:])
+        every = states.new_full((tokens.batch, *states.shape[1:]), torch.nan)
         every[tokens.rows] = states
         return every
 
