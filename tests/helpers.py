@@ -132,6 +132,11 @@ def strengthen(model, seed=0, adapter_name="default"):
     return model
 
 
+def hide_masks(monkeypatch):
+    """Keep every mask from the adapters, as a control: a test of padding has to see that."""
+    monkeypatch.setattr("peft_read.read.context.ForwardCall.valid_tokens", lambda *_: None)
+
+
 def adapted(family, seed=0, **options):
     """The family's model with a strong adapter, in eval mode."""
     return strengthen(get_peft_model(base_model(family), ReadConfig(**{"r": 4} | options)), seed).eval()

@@ -9,6 +9,7 @@ from helpers import (
     adapted,
     adapter_parameters,
     batch_of,
+    hide_masks,
     loss_of,
     padding_mask,
     result,
@@ -184,7 +185,7 @@ def test_padding_would_show(family, cell, padding, monkeypatch):
     model, rows = adapted(family, cell=cell), token_rows()
     batch = text_batch(family, rows, padding_mask(LENGTHS, padding, max(LENGTHS) + 2))
     right = result(family, model, batch)
-    monkeypatch.setattr("peft_read.read.context.ForwardCall.mask", None)
+    hide_masks(monkeypatch)
     assert (result(family, model, batch) - right).abs().max() > 500 * CLOSE["atol"]
 
 

@@ -4,7 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import LENGTHS, adapted, adapter_parameters, batch_of, loss_of, padding_mask, strengthen, text_batch
+from helpers import (
+    LENGTHS,
+    adapted,
+    adapter_parameters,
+    batch_of,
+    hide_masks,
+    loss_of,
+    padding_mask,
+    strengthen,
+    text_batch,
+)
 from helpers import token_rows as rows_of
 from models import FAMILIES, base_model
 from peft import get_peft_model
@@ -106,7 +116,7 @@ def test_a_wrong_mask_would_show(monkeypatch):
     """With the mask kept from the adapter the gradients differ by far: the test above can tell."""
     batches = two_batches("llama", "left")
     expected = gradients("llama", adapted("llama", cell="gru"), batches)
-    monkeypatch.setattr("peft_read.read.context.ForwardCall.mask", None)
+    hide_masks(monkeypatch)
     actual = gradients("llama", adapted("llama", cell="gru"), batches)
     assert max((actual[k] - v).abs().max() / v.abs().max() for k, v in expected.items()) > 100 * TOLERANCE
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,9 @@ class ForwardCall:
         position_ids: the positions, if they were passed.
         cu_seq_lens: where packed sequences start and end, if that was passed.
         backward: number of the backward pass in which the call was made, -1 outside of one.
+        recurrences: names of those that have left states in some call of the model.
         states: what the recurrences of this call leave for the next, by name.
+        partial: which of them have states of some rows only; the others hold NaN.
     """
 
     causal: bool
@@ -59,21 +61,23 @@ class ForwardCall:
     position_ids: Any
     cu_seq_lens: Any
     backward: int
+    recurrences: set[str] = field(default_factory=set)
     inner_masks: dict[str, Any] = field(default_factory=dict)
     states: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
     _valid: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _segments: Any = ()  # until somebody asks
 
     @classmethod
-    def of(cls, owner: nn.Module, arguments: dict[str, Any], *, causal: bool) -> ForwardCall:
+    def of(cls, owner: nn.Module, arguments: dict[str, Any], **known: Any) -> ForwardCall:
         """Read the arguments of a forward, at its start: later its cache already holds its own tokens."""
         given = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         tokens = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
         cache = self_attention_cache(arguments.get("past_key_values"))
         return cls(
-            causal=causal,
+            **known,
             tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
-            mask=next((arguments[name] for name in NAMES if arguments.get(name) is not None), None),
+            mask=next((mask for name in NAMES if (mask := _without_empty(arguments.get(name))) is not None), None),
             pads_right=hasattr(getattr(owner, "config", None), "attention_window"),
             cache=cache,
             past=0 if cache is None else cached_length(cache),
@@ -131,8 +135,9 @@ class ForwardCall:
         if isinstance(self.cu_seq_lens, Tensor):
             return self.cu_seq_lens.diff().tolist()
         positions = self.position_ids
-        # Where transformers separates them as well: causal attention, no mask, no earlier tokens.
-        if not self.causal or self.mask is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        # Where transformers separates them as well: causal attention, no mask, no cache.
+        separates = self.causal and self.mask is None and self.cache is None
+        if not separates or not isinstance(positions, Tensor) or positions.ndim != 2:
             return None
         starts = torch.ones(batch, time, dtype=torch.bool, device=positions.device)
         starts[:, 1:] = positions.diff(dim=1) != 1
@@ -141,46 +146,66 @@ class ForwardCall:
         edges = [*starts.flatten().nonzero()[:, 0].tolist(), batch * time]
         return [end - start for start, end in itertools.pairwise(edges)]
 
-    def history(self, name: str) -> StateHistory | None:
-        """The states before this call's tokens, None if these are the first.
+    def start(self, name: str, rows: Tensor | slice) -> Tensor | None:
+        """The state `(rows, width)` before this call's tokens, None if these are the first.
+
+        Args:
+            name: which recurrence's.
+            rows: of which rows of the batch.
 
         Raises:
-            ValueError: if the cache holds tokens of which the recurrence `name` has seen nothing.
+            ValueError: if the cache holds tokens of which the recurrence has seen nothing.
         """
         if self.is_paged:
             raise ValueError(
                 "READ can't run under continuous batching, which mixes the tokens of many requests in one row: use "
                 "`generate` with a padded batch."
             )
-        if isinstance(self.past, int) and self.past == 0:
+        past = self.past
+        if isinstance(past, int) and past == 0:
             return None
         known = RecurrentStates.of(self.cache)
         history = known.histories.get(name) if known is not None else None
-        if isinstance(self.past, Tensor) and (history is not None or torch.compiler.is_compiling()):
-            return history
-        if isinstance(self.past, Tensor) and not bool(self.past > 0):
+        seen = 0 if history is None else history.length
+        compiling = torch.compiler.is_compiling()
+        if isinstance(past, Tensor) and seen == 0 and (compiling or not bool(past > 0)):
             return None
-        if not isinstance(self.past, int) or history is None or history.length < self.past:
-            seen = 0 if history is None else history.length
-            held = "tokens that it doesn't count" if self.past is None else f"{int(self.past)} tokens"
-            raise ValueError(
-                f"READ ({name}) can't continue from this cache: it holds {held}, of which the recurrence has seen "
-                f"{seen}. Fill the cache with the same adapter active from its first token, or set use_cache=False."
-            )
-        return history
+        # A cache of fixed size has its length on the device: its histories are told when they fall behind.
+        if history is None or past is None or seen < (1 if isinstance(past, Tensor) else past):
+            self._refuse_cache(name, seen)
+        start = history.before(past)[rows]
+        if history.is_partial and not compiling and bool(start.isnan().any()):
+            self._refuse_cache(name, "some rows' tokens only")
+        return start
+
+    def _refuse_cache(self, name: str, seen: int | str) -> NoReturn:
+        held = "tokens that it doesn't count" if self.past is None else f"{int(self.past)} tokens"
+        raise ValueError(
+            f"READ ({name}) can't continue from this cache: it holds {held}, of which the recurrence has seen {seen}. "
+            "Fill the cache with the same adapter active from its first token, or set use_cache=False."
+        )
 
     def finish(self, output: Any) -> None:
         """Lay the states of this call beside the cache that it has filled, if there is one."""
         cache = self.cache if self.cache is not None else self_attention_cache(_cache_in(output))
-        if cache is None or not self.states or self.past is None:
+        if cache is None or self.past is None:
             return
+        known = RecurrentStates.of(cache)
+        if known is not None and isinstance(self.past, Tensor):
+            for name in self.recurrences & known.histories.keys():
+                known.histories[name].length = 0  # until it is written below
         states = {name: compute() for name, compute in self.states.items()}
+        self.recurrences.update(states)
+        if not states:
+            return
         time = next(iter(states.values())).shape[1]
         if isinstance(self.past, int) and cached_length(cache) != self.past + time:
             return  # passed, but not filled
         histories = RecurrentStates.beside(cache).histories
         for name, steps in states.items():
-            histories.setdefault(name, StateHistory()).write(self.past, steps, cache)
+            history = histories.setdefault(name, StateHistory())
+            history.write(self.past, steps, cache)
+            history.is_partial |= name in self.partial
 
 
 class ForwardContext:
@@ -195,6 +220,7 @@ class ForwardContext:
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
         self._watched: set[str] = set()
+        self._recurrences: set[str] = set()
 
     @classmethod
     def attach(cls, owner: nn.Module) -> ForwardContext:
@@ -280,7 +306,8 @@ class ForwardContext:
     def _enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if owner.training and torch.is_grad_enabled():
             self._follow_checkpoints(owner)
-        self._stack.append(ForwardCall.of(owner, _named(owner, args, kwargs), causal=self._causal))
+        arguments = _named(owner, args, kwargs)
+        self._stack.append(ForwardCall.of(owner, arguments, causal=self._causal, recurrences=self._recurrences))
 
     def _note_mask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stack:
@@ -344,6 +371,11 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _positional_names(module_cls: type[nn.Module]) -> tuple[str, ...]:
     parameters = list(inspect.signature(module_cls.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _without_empty(mask: Any) -> Any:
+    """None for a dict of no masks, which generation passes where nothing is padded."""
+    return None if isinstance(mask, dict) and all(kind is None for kind in mask.values()) else mask
 
 
 def _backward_pass() -> int:

@@ -23,11 +23,13 @@ class StateHistory:
     """The states of one recurrence over the tokens of a cache, `(batch, positions, width)`.
 
     Attributes:
-        length: tokens of the cache whose states are known.
+        length: tokens of the cache whose states are known; of a cache of fixed size all that it has room for, or 0.
+        is_partial: whether some rows may hold NaN, for tokens that another adapter has seen.
     """
 
     def __init__(self) -> None:
         self.length = 0
+        self.is_partial = False
         self._steps: Tensor | None = None
 
     def before(self, position: int | Tensor) -> Tensor:
@@ -40,7 +42,7 @@ class StateHistory:
         if isinstance(position, Tensor):
             position = position.to(self._steps.device)
             index = (position - 1).clamp(min=0).reshape(1) % self._steps.shape[1]
-            return self._steps.index_select(1, index)[:, 0] * (position > 0)
+            return torch.where(position > 0, self._steps.index_select(1, index)[:, 0], 0)
         return self._steps[:, position - 1] if position else torch.zeros_like(self._steps[:, 0])
 
     def write(self, position: int | Tensor, states: Tensor, cache: Any) -> None:
@@ -64,8 +66,11 @@ class StateHistory:
         if self._steps is None or len(self._steps) != len(states):
             self._steps = states.new_zeros(states.shape[0], capacity_of(cache), states.shape[2])
         capacity = self._steps.shape[1]
-        index = (position.to(states.device) + torch.arange(states.shape[1], device=states.device)) % capacity
-        self._steps.index_copy_(1, index, states)
+        # Where all layers have sliding windows there is room for fewer tokens than a prompt may have.
+        time = min(states.shape[1], capacity)
+        first = position.to(states.device) + states.shape[1] - time
+        index = (first + torch.arange(time, device=states.device)) % capacity
+        self._steps.index_copy_(1, index, states[:, -time:])
         self.length = capacity
 
     def _write_growing(self, position: int, states: Tensor) -> None:
@@ -137,11 +142,18 @@ def _crop(self: Any, *args: Any, **kwargs: Any) -> None:
             history.length = min(history.length, length)
 
 
+def _reset(self: Any) -> None:
+    type(self).reset(self)
+    for history in getattr(self, _ATTRIBUTE).histories.values():
+        history.length = 0
+
+
 _FOLLOWED: dict[str, Callable[..., None]] = {
     "reorder_cache": _reorder_cache,
     "batch_repeat_interleave": _batch_repeat_interleave,
     "batch_select_indices": _batch_select_indices,
     "crop": _crop,
+    "reset": _reset,
 }
 
 

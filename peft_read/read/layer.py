@@ -174,17 +174,18 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         if call is None:
             return cell(x, tokens.valid)[0]
         key = f"{self.module_name}, adapter {name}"
-        history = call.history(key)
+        while key in call.states:
+            key += ", again"  # some models call one module in several places
+        before = call.start(key, tokens.rows)
         segments = call.segments()
         if segments is not None:
             return _recur_over_segments(cell, segments, x)
-        start = None
-        if history is not None:
-            assert call.past is not None
-            start = unpack_state(history.before(call.past)[tokens.rows], cell)
+        start = None if before is None else unpack_state(before, cell)
         outputs, _ = cell(x, tokens.valid, start)
         if not cell.bidirectional:
             call.states[key] = partial(self._states_to_keep, cell, x, outputs, tokens, start)
+            if len(x) != tokens.batch:
+                call.partial.add(key)
         return outputs
 
     @staticmethod
@@ -193,7 +194,7 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
         if tokens.batch == len(states):
             return states
-        every = states.new_zeros(tokens.batch, *states.shape[1:])
+        every = states.new_full((tokens.batch, *states.shape[1:]), torch.nan)
         every[tokens.rows] = states
         return every
 

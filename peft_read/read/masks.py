@@ -36,7 +36,7 @@ def valid_tokens(mask: Any, shape: tuple[int, int], past: int | Tensor, *, addit
     if mask.ndim == 2:
         if mask.shape[0] != batch or not _covers(mask.shape[1], time, past):
             return None
-        mask = mask[:, -time:]
+        mask = mask.gather(1, _own_keys(mask.shape[1], time, past, mask.device).expand(batch, -1))
         if additive and mask.is_floating_point():
             return mask >= 0
         if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
@@ -56,7 +56,7 @@ def _covers(keys: int, time: int, past: int | Tensor) -> bool:
 
 def _own_keys(keys: int, time: int, past: int | Tensor, device: torch.device) -> Tensor:
     """Index `(1, time)` of each query among its keys: they end with the queries, but in a cache of fixed size."""
-    queries = torch.arange(time, device=device)
-    if isinstance(past, Tensor):
-        return ((past.to(device) + queries) % keys)[None]
-    return (queries + keys - time)[None]
+    last = keys - time
+    # A cache of fixed size has room behind the queries until it, or its sliding window, is full.
+    first = past.to(device).clamp(max=last) if isinstance(past, Tensor) else last
+    return (torch.arange(time, device=device) + first)[None]
