@@ -1,8 +1,7 @@
 """The scan of one recurrence, in one direction, where every step is valid.
 
-On CPU the vanilla and the gated recurrence run as one autograd function each, whose backward pass is written out: a
-small step costs less than the bookkeeping that autograd and torch's CPU kernels wrap around it. Everything else goes
-through torch's own kernels. Compiled models see the whole scan as one operator.
+On CPU the vanilla and the gated recurrence run parallel in time. Everything else goes through torch's own kernels.
+Compiled models see the whole scan as one operator.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .parallel import GatedScan, VanillaScan
 
 
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
@@ -58,7 +58,7 @@ def _scan_on_cpu(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor
     w_in, w_hidden, *biases = weights
     inputs = F.linear(x, w_in, biases[0] if biases else None).transpose(0, 1)
     bias = biases[1] if biases else w_hidden.new_zeros(w_hidden.shape[0])
-    function = _GatedScan if kind == "gru" else _VanillaScan
+    function = GatedScan if kind == "gru" else VanillaScan
     states = function.apply(inputs, w_hidden, bias, start[0]).transpose(0, 1)
     return [states, states[:, -1]]
 
@@ -155,95 +155,3 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _scan_operator.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _VanillaScan(torch.autograd.Function):
-    """h_t = tanh(inputs_t + W h_(t-1) + b), time first: `inputs (time, batch, hidden)` -> states of the same shape."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, start: Tensor) -> Tensor:
-        driven = inputs + bias
-        states = torch.empty_like(driven)
-        recurrent = weight.t()
-        hidden = start
-        for drive, state in zip(driven.unbind(), states.unbind(), strict=True):
-            torch.addmm(drive, hidden, recurrent, out=state)
-            hidden = state.tanh_()
-        ctx.save_for_backward(weight, start, states)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        weight, start, states = ctx.saved_tensors
-        slopes = 1 - states * states
-        deltas = torch.empty_like(states)
-        carry = torch.zeros_like(start)
-        for g, slope, delta in zip(
-            reversed(grad.unbind()), reversed(slopes.unbind()), reversed(deltas.unbind()), strict=True
-        ):
-            torch.add(g, carry, out=delta)
-            delta.mul_(slope)
-            carry = delta @ weight
-        before = torch.cat([start[None], states[:-1]])
-        grad_weight = deltas.flatten(0, 1).t() @ before.flatten(0, 1)
-        return deltas, grad_weight, deltas.sum((0, 1)), carry
-
-
-class _GatedScan(torch.autograd.Function):
-    """The GRU of `nn.GRU`, time first: `inputs (time, batch, 3 * hidden)`, gates reset, update, new, to its states.
-
-    r, z = sigmoid(inputs_rz + W_rz h + b_rz);  n = tanh(inputs_n + r * (W_n h + b_n));  h = n + z * (h - n).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, start: Tensor) -> Tensor:
-        time, batch, width = inputs.shape
-        size = width // 3
-        states = inputs.new_empty(time, batch, size)
-        recurrent = inputs.new_empty(time, batch, width)
-        gates = inputs.new_empty(time, batch, 2 * size)
-        news = inputs.new_empty(time, batch, size)
-        inputs_gates, inputs_new = inputs[..., : 2 * size].unbind(), inputs[..., 2 * size :].unbind()
-        into, out_of = recurrent[..., : 2 * size].unbind(), recurrent[..., 2 * size :].unbind()
-        resets, updates = gates[..., :size].unbind(), gates[..., size:].unbind()
-        transposed, hidden = weight.t(), start
-        for t, (product, gate, new, state) in enumerate(
-            zip(recurrent.unbind(), gates.unbind(), news.unbind(), states.unbind(), strict=True)
-        ):
-            torch.addmm(bias, hidden, transposed, out=product)
-            torch.add(inputs_gates[t], into[t], out=gate)
-            gate.sigmoid_()
-            torch.addcmul(inputs_new[t], resets[t], out_of[t], out=new)
-            new.tanh_()
-            torch.lerp(new, hidden, updates[t], out=state)
-            hidden = state
-        ctx.save_for_backward(weight, start, states, recurrent[..., 2 * size :], gates, news)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        weight, start, states, recurrent_new, gates, news = ctx.saved_tensors
-        time, batch, size = states.shape
-        reset, update = gates.chunk(2, dim=-1)
-        before = torch.cat([start[None], states[:-1]])
-        # What one unit of dh at a step sends into each gate before its nonlinearity; no step depends on another here.
-        to_new = (1 - update) * (1 - news * news)
-        to_reset = to_new * recurrent_new * reset * (1 - reset)
-        to_update = (before - news) * update * (1 - update)
-        share = torch.stack([to_reset, to_update, to_new * reset], dim=2)
-        deltas = torch.empty_like(share)
-        hidden_grads = torch.empty_like(states)
-        flat = deltas.view(time, batch, 3 * size)
-        carry = torch.zeros_like(start)
-        for g, dh, part, delta, rows, keep in zip(
-            *(reversed(t.unbind()) for t in (grad, hidden_grads, share, deltas, flat, update)), strict=True
-        ):
-            torch.add(g, carry, out=dh)
-            torch.mul(dh[:, None], part, out=delta)
-            carry = torch.addmm(dh * keep, rows, weight)
-        grad_inputs = flat.clone()
-        torch.mul(hidden_grads, to_new, out=grad_inputs[..., 2 * size :])
-        grad_weight = flat.flatten(0, 1).t() @ before.flatten(0, 1)
-        return grad_inputs, grad_weight, flat.sum((0, 1)), carry
