@@ -1,8 +1,8 @@
-"""Generation: a recurrence can't go on from a filled key-value cache yet, and says so rather than be wrong."""
+"""Generation without a cache, and what of a model a cache has nothing to do with."""
 
 import pytest
 import torch
-from helpers import adapted, batch_of, result, states, strengthen
+from helpers import adapted, batch_of, states, strengthen
 from models import VOCAB, bart_config, base_model, t5_config
 from peft import get_peft_model
 from transformers import BartForConditionalGeneration, DynamicCache, T5ForConditionalGeneration
@@ -40,16 +40,6 @@ def prompt(family):
 
 
 @pytest.mark.parametrize("family", GENERATORS)
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-def test_cached_generation_is_refused(family, cell):
-    """The error names the module and what to do instead."""
-    with pytest.raises(ValueError, match=r"down_proj|c_proj|fc2|wo") as error:
-        generator(family, cell).generate(**prompt(family), **OPTIONS, use_cache=True)
-    assert "can't continue from a filled cache" in str(error.value)
-    assert "use_cache=False" in str(error.value)
-
-
-@pytest.mark.parametrize("family", GENERATORS)
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generation_without_a_cache(family, num_beams):
     """Works for padded prompts, greedily and with beams: each row as if it were alone."""
@@ -74,31 +64,20 @@ def test_adapter_without_recurrence_uses_the_cache(family):
         torch.testing.assert_close(step, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "go_on",
-    [
-        pytest.param(lambda model, ids, cache: model(input_ids=ids, past_key_values=cache), id="keyword"),
-        pytest.param(lambda model, ids, cache: model.get_base_model().model(ids, None, None, cache), id="positional"),
-    ],
-)
-def test_a_filled_cache_is_refused_however_it_is_passed(go_on):
-    """A cache with tokens in it is refused in the model's own forward too, an empty one isn't."""
+@torch.no_grad()
+def test_a_cache_counts_however_it_is_passed():
+    """By position and by keyword, with a head on the model and without."""
     model, ids = adapted("llama", cell="gru"), prompt("llama")["input_ids"][:, 2:]
-    cache = DynamicCache()
-    first = model(input_ids=ids, past_key_values=cache)
-    assert cache.get_seq_length() == ids.shape[1]
-    torch.testing.assert_close(first.logits, model(input_ids=ids, use_cache=False).logits, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="filled cache"):
-        go_on(model, ids[:, :1], cache)
-
-
-def test_a_refused_step_leaves_the_model_usable():
-    """An error in the middle of generation, then a plain forward."""
-    model, batch = generator("llama", "gru"), batch_of("llama", padding="left")
-    before = result("llama", model, batch)
-    with pytest.raises(ValueError, match="filled cache"):
-        model.generate(**prompt("llama"), **OPTIONS, use_cache=True)
-    assert torch.equal(result("llama", model, batch), before)
+    inner, more = model.get_base_model().model, ids[:, :2]
+    whole = inner(input_ids=torch.cat([ids, more], dim=1), use_cache=False).last_hidden_state[:, -2:]
+    for go_on in (
+        lambda cache: inner(more, None, None, cache).last_hidden_state,
+        lambda cache: inner(input_ids=more, past_key_values=cache).last_hidden_state,
+        lambda cache: model(input_ids=more, past_key_values=cache, output_hidden_states=True).hidden_states[-1],
+    ):
+        cache = DynamicCache()
+        model(input_ids=ids, past_key_values=cache)
+        torch.testing.assert_close(go_on(cache), whole, rtol=0, atol=1e-5)
 
 
 def test_the_encoder_of_a_cached_decoder_may_recur():

@@ -12,7 +12,6 @@ from helpers import CLOSE, EXACT, adapted, batch_of, padding_mask, result, state
 from models import WIDTH, base_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertModel
 
 from peft_read.read.layer import ReadLayer
 
@@ -240,42 +239,3 @@ def test_a_model_within_another_model():
         together = wrapper(LEFT)
         row = {k: v[1:2, -5:] for k, v in LEFT.items()}
         torch.testing.assert_close(together[1:2, -5:], wrapper(row), **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(3, 1, 10, 10, dtype=torch.bool), r"shape \(3, 1, 10, 10\).*\(batch, time\)"),
-        (torch.zeros(3, 10).index_fill(1, torch.tensor([0]), -1e9), "negative values"),
-    ],
-)
-def test_masks_that_cannot_be_read_are_refused(mask, message):
-    """A mask per pair of tokens, or an additive one, doesn't say which tokens are padding."""
-    with pytest.raises(ValueError, match=message):
-        adapted("bert", cell="gru")(**LEFT | {"attention_mask": mask})
-
-
-def test_a_mask_of_another_length_is_refused():
-    """The error names the module and both shapes."""
-
-    class Doubling(BertModel):
-        def forward(self, input_ids, attention_mask=None):
-            return super().forward(torch.cat([input_ids, input_ids], 1))
-
-    model = adapted("bert", cell="gru")
-    model.get_base_model().__class__ = Doubling
-    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense.*shape \(3, 10\).*\(3, 20\)"):
-        model(input_ids=LEFT["input_ids"], attention_mask=LEFT["attention_mask"])
-
-
-@pytest.mark.parametrize("positions", [[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4], [0, 1, 5, 6, 7, 8]])
-def test_packed_rows_are_refused(positions):
-    """Several sequences in one row would share a state: transformers cuts wherever positions don't rise by one."""
-    ids = batch_of("llama", lengths=(6,))["input_ids"][:, :6]
-    positions = torch.tensor([positions])
-    model = adapted("llama", cell="gru")
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj.*packed"):
-        model(input_ids=ids, position_ids=positions)
-    # A row that is a later part of its sequence is one sequence.
-    model(input_ids=ids, position_ids=torch.arange(3, 9)[None])
-    adapted("llama", cell="none")(input_ids=ids, position_ids=positions)

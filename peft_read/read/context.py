@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import NoneType
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +29,8 @@ from .targets import is_causal
 _ATTRIBUTE = "_read_forward_context"
 # Where transformers' blocks, and torch's own checkpoint wrapper, keep the function that checkpoints them.
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+# Where other models keep what they know of earlier tokens: Mamba, XLNet, Reformer, RWKV, XLM and streaming encoders.
+_FOREIGN_CACHES = ("cache_params", "mems", "past_buckets_states", "state", "cache", "padding_cache")
 
 
 @dataclass
@@ -43,6 +46,7 @@ class ForwardCall:
         cache: the cache that counts the model's own tokens, if one was passed.
         past: tokens in it before this call, a tensor if its size is fixed; None if it doesn't count them.
         is_paged: whether requests share the cache page by page (continuous batching).
+        foreign_cache: name of an argument that holds states of earlier tokens in another way, None if none does.
         position_ids: the positions, if they were passed.
         cu_seq_lens: where packed sequences start and end, if that was passed.
         backward: number of the backward pass in which the call was made, -1 outside of one.
@@ -58,6 +62,7 @@ class ForwardCall:
     cache: Any
     past: int | Tensor | None
     is_paged: bool
+    foreign_cache: str | None
     position_ids: Any
     cu_seq_lens: Any
     backward: int
@@ -82,6 +87,7 @@ class ForwardCall:
             cache=cache,
             past=0 if cache is None else cached_length(cache),
             is_paged=arguments.get("write_index") is not None,
+            foreign_cache=_foreign_cache(arguments),
             position_ids=arguments.get("position_ids"),
             cu_seq_lens=arguments.get("cu_seq_lens_q"),
             backward=_backward_pass(),
@@ -160,6 +166,11 @@ class ForwardCall:
             raise ValueError(
                 "READ can't run under continuous batching, which mixes the tokens of many requests in one row: use "
                 "`generate` with a padded batch."
+            )
+        if self.foreign_cache is not None:
+            raise ValueError(
+                f"READ can't keep its states beside those that this model is given as `{self.foreign_cache}`: set "
+                "use_cache=False."
             )
         past = self.past
         if isinstance(past, int) and past == 0:
@@ -380,6 +391,14 @@ def _without_empty(mask: Any) -> Any:
 
 def _backward_pass() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _foreign_cache(arguments: dict[str, Any]) -> str | None:
+    given = [name for name in _FOREIGN_CACHES if not isinstance(arguments.get(name), (Tensor, NoneType))]
+    cache = arguments.get("past_key_values")
+    if cache is not None and self_attention_cache(cache) is None:
+        given.append("past_key_values")
+    return next(iter(given), None)
 
 
 def _cache_in(output: Any) -> Any:

@@ -42,7 +42,7 @@ def valid_tokens(mask: Any, shape: tuple[int, int], past: int | Tensor, *, addit
         if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
             return None
         return mask != 0
-    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != time:
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != time or mask.shape[3] < time:
         return None
     own = mask[:, 0].gather(2, _own_keys(mask.shape[3], time, past, mask.device).expand(mask.shape[0], -1)[..., None])
     own = own[..., 0]

@@ -1,0 +1,166 @@
+"""Ways to generate in which READ's state can't follow: an error that says so, never a wrong answer."""
+
+import copy
+
+import pytest
+import torch
+from generators import (
+    DECODER,
+    OPTIONS,
+    assert_same,
+    difference,
+    empty_cache,
+    generate,
+    generator,
+    prompt,
+    random_ids,
+    step,
+    text_prompt,
+    whisper,
+)
+from helpers import strengthen
+from models import HEADS, VOCAB, WIDE, WIDTH
+from peft import get_peft_model
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    WhisperForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+from peft_read import ReadConfig
+from peft_read.read.context import ForwardCall
+
+
+def adapt(model, targets):
+    model = model.eval().requires_grad_(False)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return strengthen(get_peft_model(model, ReadConfig(r=4, cell="gru", target_modules=targets))).eval()
+
+
+def bamba():
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 4}
+    return adapt(BambaForCausalLM(BambaConfig(**DECODER, **mamba, attn_layer_indices=[1])), r".*down_proj")
+
+
+def qwen3_next(layers=("linear_attention", "full_attention")):
+    linear = {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+    linear |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+    dense = {"num_experts": 0, "mlp_only_layers": [0, 1], "layer_types": list(layers), "head_dim": 8}
+    return adapt(Qwen3NextForCausalLM(Qwen3NextConfig(**DECODER | linear | dense)), r".*mlp\.down_proj")
+
+
+def mamba():
+    size = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4}
+    return adapt(MambaForCausalLM(MambaConfig(**size)), r".*out_proj")
+
+
+def rwkv():
+    size = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "context_length": 64}
+    return adapt(RwkvForCausalLM(RwkvConfig(**size)), r".*feed_forward\.value")
+
+
+def xlnet():
+    size = {"vocab_size": VOCAB, "d_model": WIDTH, "n_layer": 2, "n_head": HEADS, "d_inner": WIDE}
+    return adapt(XLNetLMHeadModel(XLNetConfig(**size)), r".*ff\.layer_2")
+
+
+@pytest.mark.parametrize("model", [bamba, qwen3_next])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
+def test_linear_attention_beside_full_attention(model, options):
+    """Such models' caches count their tokens: cached is uncached; going back is what transformers refuses there."""
+    torch.manual_seed(0)
+    model, batch = model(), text_prompt((9, 5, 1))
+    cached, uncached = (generate(model, batch, **options, use_cache=use) for use in (True, False))
+    assert difference(cached, uncached) < 1e-4  # as it is without READ
+    assert torch.equal(cached.sequences, uncached.sequences)
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        generate(model, text_prompt((9,)), prompt_lookup_num_tokens=3)
+
+
+def test_a_cache_that_does_not_count():
+    """One of linear attention alone can't tell READ where it is; transformers' own masks stumble over it as well."""
+    config = qwen3_next(("linear_attention", "linear_attention")).config
+    given = {"input_ids": random_ids(2, 1), "past_key_values": DynamicCache(config=config)}
+    call = ForwardCall.of(torch.nn.Identity(), given, causal=True)
+    with pytest.raises(ValueError, match="holds tokens that it doesn't count"):
+        call.start("a recurrence", slice(None))
+
+
+@pytest.mark.parametrize(("model", "name"), [(mamba, "cache_params"), (rwkv, "state"), (xlnet, "mems")])
+def test_states_of_other_kinds(model, name):
+    """Models that carry earlier tokens' states in an argument of their own."""
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=f"`{name}`.*use_cache=False"):
+        generate(model(), {"input_ids": random_ids(2, 6)})
+
+
+@pytest.mark.parametrize("model", [mamba, rwkv])
+def test_states_of_other_kinds_left_out(model):
+    """What the error says to do works."""
+    torch.manual_seed(0)
+    model, ids = model(), random_ids(2, 6)
+    generated = generate(model, {"input_ids": ids}, use_cache=False)
+    with torch.no_grad():
+        whole = model(input_ids=generated.sequences, use_cache=False).logits[:, 5:-1]
+    torch.testing.assert_close(torch.stack(generated.logits, dim=1), whole, rtol=0, atol=1e-5)
+
+
+def test_a_tuple_of_keys_and_values():
+    """Not a cache that anything could be laid beside."""
+    keys = torch.randn(2, HEADS, 3, WIDTH // HEADS)
+    call = ForwardCall.of(torch.nn.Identity(), {"past_key_values": ((keys, keys), (keys, keys))}, causal=True)
+    with pytest.raises(ValueError, match="`past_key_values`"):
+        call.start("a recurrence", slice(None))
+
+
+def test_continuous_batching():
+    """`generate_batch` mixes requests in one row: it hands back READ's error instead of tokens."""
+    config = GenerationConfig(max_new_tokens=2, pad_token_id=0, eos_token_id=-1, do_sample=False)
+    small = ContinuousBatchingConfig(num_blocks=2, max_batch_tokens=16, use_async_batching=False)
+    requests = generator("llama").generate_batch(
+        inputs=[[3, 4, 5], [6, 7, 8, 9]], generation_config=config, continuous_batching_config=small, warmup=False
+    )
+    for request in requests.values():
+        assert request.generated_tokens == []
+        assert "continuous batching" in request.error
+
+
+def test_whisper_makes_another_cache():
+    """Its own `generate` returns a cache built anew from keys and values, which READ's states aren't beside."""
+    torch.manual_seed(0)
+    model = whisper(WhisperForConditionalGeneration)
+    model.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=1, eos_token_id=2)
+    model = strengthen(get_peft_model(model, ReadConfig(r=4, cell="gru", target_modules=r".*fc2"))).eval()
+    options = OPTIONS | {"max_new_tokens": 6}
+    cached, uncached = (model.generate(**prompt("whisper", (1,)), **options, use_cache=use) for use in (True, False))
+    assert_same(cached, uncached)
+    with pytest.raises(ValueError, match="can't continue from this cache"):
+        step("whisper", model, random_ids(1, 2), cached.past_key_values)
+
+
+@torch.no_grad()
+def test_an_error_leaves_model_and_cache_as_they_were():
+    """After a refused step the model works on, with that cache too, once it is right again."""
+    model, ids = generator("llama"), random_ids(2, 6)
+    cache = empty_cache("llama", model)
+    with model.disable_adapter():
+        step("llama", model, ids, cache)
+        twin = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match="can't continue"):
+        step("llama", model, ids, cache)
+    fresh = step("llama", model, ids, use_cache=False).logits
+    torch.testing.assert_close(step("llama", model, ids, DynamicCache()).logits, fresh, rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        whole = step("llama", model, torch.cat([ids, ids], dim=1), use_cache=False).logits[:, 6:]
+        torch.testing.assert_close(step("llama", model, ids, twin).logits, whole, rtol=0, atol=1e-5)
