@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from peft_read import ReadConfig
-from peft_read.read.context import ForwardCall
+from peft_read.read.call import ForwardCall
 
 
 def adapt(model, targets):

@@ -28,7 +28,7 @@ EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 def forget(monkeypatch):
     """Start each forward from zero."""
-    monkeypatch.setattr("peft_read.read.context.ForwardCall.start", lambda *_: None)
+    monkeypatch.setattr("peft_read.read.call.ForwardCall.start", lambda *_: None)
 
 
 def keep_rows(monkeypatch, method):

@@ -6,7 +6,7 @@ from generators import DECODERS, ERROR, VISIBLE, generator
 from helpers import adapted, adapter_parameters, token_rows
 from transformers import DataCollatorWithFlattening
 
-from peft_read.read.context import ForwardCall
+from peft_read.read.call import ForwardCall
 
 
 LENGTHS = (5, 1, 3, 4)
@@ -59,7 +59,7 @@ def test_a_leak_would_show(family, monkeypatch):
     """With one state for the whole row the tests above fail by far."""
     model = generator(family)
     rows, batch = packed()
-    monkeypatch.setattr(ForwardCall, "segments", None)
+    monkeypatch.setattr(ForwardCall, "segments", lambda self: None)
     error = (model(**batch).logits[0] - alone(model, rows)).abs().amax(-1)
     assert error[: LENGTHS[0]].max() < 1e-5
     assert error[LENGTHS[0] :].min() > VISIBLE
@@ -115,14 +115,14 @@ def call_of(**arguments):
 )
 def test_where_a_row_is_cut(given, segments):
     """Wherever positions don't rise by one, as transformers does; a row may begin at any."""
-    assert call_of(position_ids=torch.tensor([given])).segments == segments
+    assert call_of(position_ids=torch.tensor([given])).segments() == segments
 
 
 def test_where_lengths_are_given():
     """They count, whatever else is there."""
     cut = torch.tensor([0, 2, 6], dtype=torch.int32)
-    assert call_of(cu_seq_lens_q=cut, position_ids=torch.arange(6)[None]).segments == [2, 4]
-    assert call_of(cu_seq_lens_q=cut).segments == [2, 4]
+    assert call_of(cu_seq_lens_q=cut, position_ids=torch.arange(6)[None]).segments() == [2, 4]
+    assert call_of(cu_seq_lens_q=cut).segments() == [2, 4]
 
 
 def test_lengths_of_other_tokens_are_refused():

@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .call import ForwardCall
 from .config import ReadConfig
-from .context import ForwardCall, ForwardContext
+from .context import ForwardContext
 from .recurrence import Recurrence, State, packed_states, unpack_state, without_autocast
 
 
