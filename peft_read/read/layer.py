@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -166,7 +167,8 @@ class ReadLayer(nn.Module, BaseTunerLayer):
             dtype = torch.promote_types(down.weight.dtype, torch.float32)
             bottleneck = _linear(self._cast_input_dtype(x, dtype), down)
             if name in self.read_recurrence:
-                bottleneck = self._recur(name, bottleneck, tokens)
+                with _weights_at_hand(self.read_recurrence[name]):
+                    bottleneck = self._recur(name, bottleneck, tokens)
             added = _linear(self.activation[name](bottleneck), up)
             return (self.scaling[name] * self.read_dropout[name](added)).to(x.dtype)
 
@@ -195,7 +197,8 @@ class ReadLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def _states_to_keep(cell: nn.RNNBase, x: Tensor, outputs: Tensor, tokens: _Tokens, start: State | None) -> Tensor:
         """The state after every token, `(batch, time, width)`, for all rows of the batch."""
-        states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
+        with _weights_at_hand(cell):
+            states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
         if tokens.batch == len(states):
             return states
         every = states.new_full((tokens.batch, *states.shape[1:]), torch.nan)
@@ -259,6 +262,9 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         if device is None:  # a block of modules, which has no weight of its own
             parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
             device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
+        hook = getattr(base_layer, "_hf_hook", None)
+        if device is not None and device.type == "meta" and hook is not None:  # offloaded: not where its weights lie
+            device = torch.device(hook.execution_device)
         return device, dtype
 
     def __repr__(self) -> str:
@@ -278,7 +284,22 @@ CANNOT_MERGE = (
 def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
     if linear.weight.dtype == x.dtype:
         return linear(x)
-    return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+    with _weights_at_hand(linear):
+        return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+
+
+@contextmanager
+def _weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """Let accelerate fetch the weights of a module that isn't called, where it keeps them elsewhere in between."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def _recur_over_segments(cell: nn.RNNBase, segments: list[int], x: Tensor) -> Tensor:
