@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -192,7 +194,8 @@ class ReadLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def _states_to_keep(cell: Recurrence, x: Tensor, outputs: Tensor, tokens: _Tokens, start: State | None) -> Tensor:
         """The state after every token, `(batch, time, width)`, for all rows of the batch."""
-        states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
+        with _weights_at_hand(cell):
+            states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
         if tokens.batch == len(states):
             return states
         every = states.new_full((tokens.batch, *states.shape[1:]), torch.nan)
@@ -256,6 +259,9 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         if device is None:  # a block of modules, which has no weight of its own
             parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
             device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
+        hook = getattr(base_layer, "_hf_hook", None)
+        if device is not None and device.type == "meta" and hook is not None:  # offloaded: not where its weights lie
+            device = torch.device(hook.execution_device)
         return device, dtype
 
     def __repr__(self) -> str:
@@ -275,7 +281,22 @@ CANNOT_MERGE = (
 def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
     if linear.weight.dtype == x.dtype:
         return linear(x)
-    return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+    with _weights_at_hand(linear):
+        return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+
+
+@contextmanager
+def _weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """Let accelerate fetch the weights of a module that isn't called, where it keeps them elsewhere in between."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def _recur_over_segments(cell: Recurrence, segments: list[int], x: Tensor) -> Tensor:
