@@ -4,7 +4,7 @@ import pytest
 from conformance.checks import applicable, outcome
 
 
-@pytest.mark.parametrize(("family", "check"), list(applicable()), ids="-".join)
+@pytest.mark.parametrize(("family", "check"), list(applicable()))
 def test_conformance(family, check):
     """A check that can't apply to a family, such as padding to images, isn't there; `families.py` says why."""
     error = outcome(family, check)

@@ -38,7 +38,7 @@ def batch_of(family: str, rows: list[Row], side: str = "right") -> Row:
     known = FAMILIES[family]
     batch = collate(rows, side)
     takes_positions = "position_ids" in inspect.signature(known.model_class.forward).parameters
-    return with_positions(batch) if known.inputs in ("text", "dual") and takes_positions else batch
+    return with_positions(batch) if known.inputs in ("text", "dual", "dual_video") and takes_positions else batch
 
 
 def states(model: nn.Module, batch: Row) -> dict[str, Tensor]:
@@ -202,8 +202,10 @@ def _mask_of(model: nn.Module, batch: Row, name: str, state: Tensor) -> Tensor |
     """Which tokens of an output are valid, `(batch, time)`; None if all are."""
     if name in ("last_hidden_state", "logits") and "decoder_attention_mask" in batch:
         return batch["decoder_attention_mask"].bool()
-    if "input_values" in batch:
-        return model._get_feature_vector_attention_mask(state.shape[1], batch["attention_mask"])
+    if "attention_mask" not in batch:
+        return None
+    if "input_values" in batch:  # many samples per token
+        return model._get_feature_vector_attention_mask(state.shape[1], batch["attention_mask"]).bool()
     if name in ("last_hidden_state", "logits", "encoder_last_hidden_state", "text_model_output"):
         return batch["attention_mask"].bool()
     return None

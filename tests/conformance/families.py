@@ -9,13 +9,14 @@ import torch
 import transformers
 from torch import nn
 
-from .inputs import PLACEHOLDER
+from .inputs import PLACEHOLDER, START
 from .shrink import PATCH, WIDTH, shrink
 
 
 BOTH = ("left", "right")
 RIGHT = ("right",)
-NEITHER = ()
+ABSOLUTE = "the base model counts positions from the start of the padding"
+SOUND = "only the text is padded: the base model's convolutions look over the end of a shorter sound"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,13 @@ def decoder(model: str, targets: int = 2, paddings: tuple[str, ...] = BOTH, **op
 
 
 def seq2seq(model: str, targets: int = 4, paddings: tuple[str, ...] = RIGHT, **options: Any) -> Family:
-    return Family(model, "text2text", targets, paddings, **{"generates": "generate"} | options)
+    return Family(
+        model,
+        "text2text",
+        targets,
+        paddings,
+        **{"generates": "generate", "reason": "" if paddings == BOTH else ABSOLUTE} | options,
+    )
 
 
 def image(model: str, targets: int = 2, **options: Any) -> Family:
@@ -86,7 +93,6 @@ def image_text(model: str, inputs: str = "image_text", targets: int = 2, **optio
 MROPE = {
     "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
 }
-ABSOLUTE = "absolute positions count the padding on the left, and can't be passed"
 
 FAMILIES: dict[str, Family] = {
     # Text encoders
@@ -101,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     # Encoder-decoders
     "bart": seq2seq("BartForConditionalGeneration"),
     "mbart": seq2seq("MBartForConditionalGeneration"),
-    "t5": seq2seq("T5ForConditionalGeneration", paddings=BOTH),
+    "t5": seq2seq("T5ForConditionalGeneration", paddings=BOTH, changes={"decoder_start_token_id": 0}),
     "mt5": seq2seq("MT5ForConditionalGeneration", paddings=BOTH),
     "pegasus": seq2seq("PegasusForConditionalGeneration"),
     "marian": seq2seq("MarianMTModel"),
@@ -154,8 +160,8 @@ FAMILIES: dict[str, Family] = {
     "hubert": waveform("HubertModel"),
     "wavlm": waveform("WavLMModel"),
     "audio-spectrogram-transformer": Family("ASTModel", "spectrogram", 2, changes={"max_length": 48}),
-    "whisper": Family("WhisperForConditionalGeneration", "whisper", 4, generates="generate"),
-    "speech_to_text": Family("Speech2TextForConditionalGeneration", "speech", 4, RIGHT, "generate"),
+    "whisper": Family("WhisperForConditionalGeneration", "mel_speech", 4, RIGHT, "generate", reason=ABSOLUTE),
+    "speech_to_text": Family("Speech2TextForConditionalGeneration", "speech", 4, RIGHT, "generate", reason=SOUND),
     # Text with images or videos
     "blip-2": image_text(
         "Blip2ForConditionalGeneration",
@@ -165,10 +171,16 @@ FAMILIES: dict[str, Family] = {
     "llava": image_text("LlavaForConditionalGeneration"),
     "llava_next_video": image_text("LlavaNextVideoForConditionalGeneration", "video_text"),
     "video_llava": image_text("VideoLlavaForConditionalGeneration", "long_video_text"),
-    "qwen2_vl": image_text("Qwen2VLForConditionalGeneration", "packed_video_text", changes=MROPE),
-    "qwen2_5_vl": image_text("Qwen2_5_VLForConditionalGeneration", "packed_video_text", changes=MROPE),
+    "qwen2_vl": image_text(
+        "Qwen2VLForConditionalGeneration", "packed_video_text", changes=MROPE | {"vision_start_token_id": START}
+    ),
+    "qwen2_5_vl": image_text(
+        "Qwen2_5_VLForConditionalGeneration", "packed_video_text", changes=MROPE | {"vision_start_token_id": START}
+    ),
     "qwen2_5_omni_thinker": image_text(
-        "Qwen2_5OmniThinkerForConditionalGeneration", "packed_video_text", changes=MROPE
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        "timed_video_text",
+        changes=MROPE | {"vision_start_token_id": START},
     ),
     "internvl": image_text("InternVLForConditionalGeneration", changes={"vision_config.patch_size": [8, 8]}),
     "smolvlm": image_text("SmolVLMForConditionalGeneration", "images_text", changes={"vision_config.patch_size": 8}),

@@ -11,7 +11,7 @@ from .shrink import FRAMES, IMAGE, PATCH
 # Two samples that differ in length wherever length is free.
 LENGTHS = (9, 5)
 SAMPLES = (4000, 2800)
-PLACEHOLDER, PAD = 150, 0
+PLACEHOLDER, START, PAD = 150, 151, 0
 MELS = 16
 Row = dict[str, Tensor]
 
@@ -38,14 +38,14 @@ def _waveform(generator: torch.Generator, i: int) -> Row:
     return {"input_values": values, "attention_mask": torch.ones_like(values, dtype=torch.long)}
 
 
-def _whisper(generator: torch.Generator, i: int) -> Row:
-    return {"input_features": torch.randn(1, MELS, 128, generator=generator)} | for_decoder(generator, 6)
+def _speech(time: int, bands_first: bool = False) -> Callable[[torch.Generator, int], Row]:
+    """Sound of one length, and texts of two."""
 
+    def row(generator: torch.Generator, i: int) -> Row:
+        sound = torch.randn(1, time, MELS, generator=generator)
+        return {"input_features": sound.mT if bands_first else sound} | for_decoder(generator, LENGTHS[i])
 
-def _speech(generator: torch.Generator, i: int) -> Row:
-    features = torch.randn(1, (40, 24)[i], MELS, generator=generator)
-    mask = torch.ones(features.shape[:2], dtype=torch.long)
-    return {"input_features": features, "attention_mask": mask} | for_decoder(generator, 6)
+    return row
 
 
 def _with(placeholders: int, name: str, make: Callable[[torch.Generator], Row], kind: int = 0) -> Callable[..., Row]:
@@ -53,6 +53,7 @@ def _with(placeholders: int, name: str, make: Callable[[torch.Generator], Row], 
 
     def row(generator: torch.Generator, i: int) -> Row:
         given = text(generator, 2 + placeholders + LENGTHS[i])
+        given["input_ids"][:, 1] = START
         given["input_ids"][:, 2 : 2 + placeholders] = PLACEHOLDER
         if name:
             given[name] = torch.where(given["input_ids"] == PLACEHOLDER, kind, 0)
@@ -85,17 +86,18 @@ INPUTS: dict[str, Callable[[torch.Generator, int], Row]] = {
     "dual_video": lambda g, i: text(g, LENGTHS[i]) | {"pixel_values": pixels(g, 1, FRAMES)},
     "waveform": _waveform,
     "spectrogram": lambda g, i: {"input_values": torch.randn(1, 48, MELS, generator=g)},
-    "whisper": _whisper,
-    "speech": _speech,
+    "mel_speech": _speech(128, bands_first=True),
+    "speech": _speech(40),
     "image_text": _with(4, "", _image),
     "typed_image_text": _with(4, "token_type_ids", _image, kind=1),
     "images_text": _with(4, "", lambda g: {"pixel_values": pixels(g, 1, 1)}),
     "video_text": _with(FRAMES, "", _video),
     "long_video_text": _with(FRAMES * 5, "", _video),
+    "timed_video_text": _with(8, "", lambda g: _packed_video(g) | {"video_second_per_grid": torch.ones(1)}),
     "packed_video_text": _with(8, "mm_token_type_ids", _packed_video, kind=2),
 }
-# Padded with the text or the sound; everything else has one size for all samples.
-OF_LENGTH = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "input_values", "input_features"}
+# Padded; everything else has one size for all samples.
+OF_LENGTH = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "input_values"}
 
 
 def samples(kind: str) -> list[Row]:
