@@ -92,6 +92,7 @@ def image_text(model: str, inputs: str = "image_text", targets: int = 2, **optio
 # Three axes of rotary positions, which share a head.
 MROPE = {
     "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    "vision_start_token_id": START,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -161,7 +162,7 @@ FAMILIES: dict[str, Family] = {
     "wavlm": waveform("WavLMModel"),
     "audio-spectrogram-transformer": Family("ASTModel", "spectrogram", 2, changes={"max_length": 48}),
     "whisper": Family("WhisperForConditionalGeneration", "mel_speech", 4, RIGHT, "generate", reason=ABSOLUTE),
-    "speech_to_text": Family("Speech2TextForConditionalGeneration", "speech", 4, RIGHT, "generate", reason=SOUND),
+    "speech_to_text": Family("Speech2TextForConditionalGeneration", "speech", 4, BOTH, "generate", reason=SOUND),
     # Text with images or videos
     "blip-2": image_text(
         "Blip2ForConditionalGeneration",
@@ -171,16 +172,12 @@ FAMILIES: dict[str, Family] = {
     "llava": image_text("LlavaForConditionalGeneration"),
     "llava_next_video": image_text("LlavaNextVideoForConditionalGeneration", "video_text"),
     "video_llava": image_text("VideoLlavaForConditionalGeneration", "long_video_text"),
-    "qwen2_vl": image_text(
-        "Qwen2VLForConditionalGeneration", "packed_video_text", changes=MROPE | {"vision_start_token_id": START}
-    ),
-    "qwen2_5_vl": image_text(
-        "Qwen2_5_VLForConditionalGeneration", "packed_video_text", changes=MROPE | {"vision_start_token_id": START}
-    ),
+    "qwen2_vl": image_text("Qwen2VLForConditionalGeneration", "packed_video_text", changes=MROPE),
+    "qwen2_5_vl": image_text("Qwen2_5_VLForConditionalGeneration", "packed_video_text", changes=MROPE),
     "qwen2_5_omni_thinker": image_text(
         "Qwen2_5OmniThinkerForConditionalGeneration",
         "timed_video_text",
-        changes=MROPE | {"vision_start_token_id": START},
+        changes=MROPE,
     ),
     "internvl": image_text("InternVLForConditionalGeneration", changes={"vision_config.patch_size": [8, 8]}),
     "smolvlm": image_text("SmolVLMForConditionalGeneration", "images_text", changes={"vision_config.patch_size": 8}),
