@@ -58,9 +58,10 @@ def result(model: nn.Module, batch: Row) -> dict[str, Tensor]:
 
 
 def check_targets(family: str) -> None:
-    """READ finds the expected number of modules by itself."""
-    model = get_peft_model(base_model(family), config())
-    assert len(model.targeted_module_names) == FAMILIES[family].targets, sorted(model.targeted_module_names)
+    """READ finds the expected number of modules by itself, none of them inside attention."""
+    targets = get_peft_model(base_model(family), config()).targeted_module_names
+    assert len(targets) == FAMILIES[family].targets, sorted(targets)
+    assert not [name for name in targets if "attention" in name or "attn" in name], sorted(targets)
 
 
 def check_identity(family: str) -> None:

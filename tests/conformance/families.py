@@ -16,6 +16,7 @@ from .shrink import PATCH, WIDTH, shrink
 BOTH = ("left", "right")
 RIGHT = ("right",)
 ABSOLUTE = "the base model counts positions from the start of the padding"
+WAVEFORM = "the base model takes the padding of a sound to be on the right; with `feat_extract_norm='layer'`"
 SOUND = "only the text is padded: the base model's convolutions look over the end of a shorter sound"
 
 
@@ -78,9 +79,9 @@ def waveform(model: str, targets: int = 2, **options: Any) -> Family:
         "conv_dim": [WIDTH] * 7,
         "num_conv_pos_embeddings": 8,
         "num_conv_pos_embedding_groups": 4,
-        "feat_extract_norm": "layer",  # the other kind takes its statistics over the padding, too
+        "feat_extract_norm": "layer",  # which unlike the other kind has no statistics over the padding
     }
-    return Family(model, "waveform", targets, RIGHT, changes=changes, **options)
+    return Family(model, "waveform", targets, RIGHT, changes=changes, reason=WAVEFORM, **options)
 
 
 def image_text(model: str, inputs: str = "image_text", targets: int = 2, **options: Any) -> Family:

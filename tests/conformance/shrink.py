@@ -32,7 +32,7 @@ SIZES = (
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
         "mit_num_attention_heads prompt_num_attention_heads decoder_num_attention_heads num_experts num_local_experts",
     ),
-    (8, "head_dim d_kv query_pre_attn_scalar"),
+    (8, "head_dim d_kv query_pre_attn_scalar sliding_window local_attention"),
     (VOCAB, "vocab_size decoder_vocab_size"),
     (64, "max_position_embeddings n_positions max_target_positions max_source_positions"),
     (IMAGE, "image_size"),
