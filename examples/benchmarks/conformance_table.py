@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 START, END = "<!-- conformance -->", "<!-- /conformance -->"
 PASSED, NOT_APPLICABLE = "✓", "-"
-ASIDE = {("right",): "✓ right", ("left",): "✓ left"}
+PADDING = {("right",): "✓ right", (): NOT_APPLICABLE}
 
 
 def table() -> str:
@@ -34,7 +34,7 @@ def table() -> str:
             reasons.setdefault(family.reason, []).append(name)
         row = [name]
         for check in CHECKS:
-            passed = ASIDE.get(family.paddings, PASSED) if check == "padding" else PASSED
+            passed = PADDING.get(family.paddings, PASSED) if check == "padding" else PASSED
             error = outcome(name, check) if (name, check) in applies else None
             row.append(_failure(error) if error else passed if (name, check) in applies else NOT_APPLICABLE)
         rows.append(row)

@@ -17,6 +17,7 @@ BOTH = ("left", "right")
 RIGHT = ("right",)
 ABSOLUTE = "the base model counts positions from the start of the padding"
 WAVEFORM = "the base model takes the padding of a sound to be on the right; with `feat_extract_norm='layer'`"
+LOCAL = "no padding: the base model's convolutions look over the end of the sequence"
 SOUND = "only the text is padded: the base model's convolutions look over the end of a shorter sound"
 
 
@@ -74,14 +75,14 @@ def video(model: str, targets: int = 2, **options: Any) -> Family:
     return Family(model, "video", targets, **options)
 
 
-def waveform(model: str, targets: int = 2, **options: Any) -> Family:
+def waveform(model: str, targets: int = 2, paddings: tuple[str, ...] = RIGHT, **options: Any) -> Family:
     changes = {
         "conv_dim": [WIDTH] * 7,
         "num_conv_pos_embeddings": 8,
         "num_conv_pos_embedding_groups": 4,
         "feat_extract_norm": "layer",  # which unlike the other kind has no statistics over the padding
     }
-    return Family(model, "waveform", targets, RIGHT, changes=changes, reason=WAVEFORM, **options)
+    return Family(model, "waveform", targets, paddings, **{"changes": changes, "reason": WAVEFORM} | options)
 
 
 def image_text(model: str, inputs: str = "image_text", targets: int = 2, **options: Any) -> Family:
@@ -106,6 +107,16 @@ FAMILIES: dict[str, Family] = {
     "albert": encoder("AlbertModel", targets=1),
     "modernbert": encoder("ModernBertModel"),
     "mpnet": encoder("MPNetModel"),
+    "xlm-roberta": encoder("XLMRobertaModel"),
+    "longformer": encoder("LongformerModel", changes={"attention_window": 8}),
+    "big_bird": encoder("BigBirdModel"),
+    "roformer": encoder("RoFormerModel"),
+    "rembert": encoder("RemBertModel"),
+    "megatron-bert": encoder("MegatronBertModel"),
+    "mobilebert": encoder("MobileBertModel"),
+    "convbert": encoder("ConvBertModel", paddings=(), reason=LOCAL),
+    "layoutlm": encoder("LayoutLMModel"),
+    "nomic_bert": encoder("NomicBertModel"),
     # Encoder-decoders
     "bart": seq2seq("BartForConditionalGeneration"),
     "mbart": seq2seq("MBartForConditionalGeneration"),
@@ -114,6 +125,15 @@ FAMILIES: dict[str, Family] = {
     "pegasus": seq2seq("PegasusForConditionalGeneration"),
     "marian": seq2seq("MarianMTModel"),
     "blenderbot": seq2seq("BlenderbotForConditionalGeneration"),
+    "umt5": seq2seq("UMT5ForConditionalGeneration", paddings=BOTH),
+    "longt5": seq2seq("LongT5ForConditionalGeneration", paddings=BOTH),
+    "switch_transformers": seq2seq("SwitchTransformersForConditionalGeneration", paddings=BOTH),
+    "m2m_100": seq2seq("M2M100ForConditionalGeneration", paddings=BOTH),
+    "nllb-moe": seq2seq("NllbMoeForConditionalGeneration", paddings=BOTH),
+    "led": seq2seq("LEDForConditionalGeneration", changes={"attention_window": 8}),
+    "mvp": seq2seq("MvpForConditionalGeneration"),
+    "plbart": seq2seq("PLBartForConditionalGeneration"),
+    "bigbird_pegasus": seq2seq("BigBirdPegasusForConditionalGeneration"),
     # Decoders
     "llama": decoder("LlamaForCausalLM"),
     "mistral": decoder("MistralForCausalLM"),
@@ -140,6 +160,26 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": decoder("Starcoder2ForCausalLM"),
     "granite": decoder("GraniteForCausalLM"),
     "smollm3": decoder("SmolLM3ForCausalLM"),
+    "gpt_bigcode": decoder("GPTBigCodeForCausalLM"),
+    "gpt_oss": decoder("GptOssForCausalLM"),
+    "llama4_text": decoder("Llama4ForCausalLM"),
+    "olmo3": decoder("Olmo3ForCausalLM"),
+    "olmoe": decoder("OlmoeForCausalLM"),
+    "glm4": decoder("Glm4ForCausalLM"),
+    "glm4_moe": decoder("Glm4MoeForCausalLM"),
+    "granitemoe": decoder("GraniteMoeForCausalLM"),
+    "phimoe": decoder("PhimoeForCausalLM"),
+    "persimmon": decoder("PersimmonForCausalLM"),
+    "mpt": decoder("MptForCausalLM"),
+    "xglm": decoder("XGLMForCausalLM"),
+    "biogpt": decoder("BioGptForCausalLM"),
+    "ernie4_5_moe": decoder("Ernie4_5_MoeForCausalLM"),
+    "exaone4": decoder("Exaone4ForCausalLM"),
+    "cohere2": decoder("Cohere2ForCausalLM"),
+    "helium": decoder("HeliumForCausalLM"),
+    "minimax": decoder("MiniMaxForCausalLM"),
+    "lfm2": decoder("Lfm2ForCausalLM"),
+    "qwen3_next": decoder("Qwen3NextForCausalLM"),
     # Images
     "vit": image("ViTModel"),
     "deit": image("DeiTModel"),
@@ -149,6 +189,11 @@ FAMILIES: dict[str, Family] = {
         changes={"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "patch_size": 4, "window_size": 4},
     ),
     "dinov2": image("Dinov2Model"),
+    "dinov2_with_registers": image("Dinov2WithRegistersModel"),
+    "dinov3_vit": image("DINOv3ViTModel"),
+    "vit_msn": image("ViTMSNModel"),
+    "ijepa": image("IJepaModel"),
+    "yolos": image("YolosModel"),
     # Dual encoders
     "clip": Family("CLIPModel", "dual", 4, BOTH),
     "siglip": Family("SiglipModel", "dual", 4, BOTH),
@@ -161,6 +206,9 @@ FAMILIES: dict[str, Family] = {
     "wav2vec2": waveform("Wav2Vec2Model"),
     "hubert": waveform("HubertModel"),
     "wavlm": waveform("WavLMModel"),
+    "unispeech": waveform("UniSpeechModel"),
+    "unispeech-sat": waveform("UniSpeechSatModel"),
+    "wav2vec2-conformer": waveform("Wav2Vec2ConformerModel", paddings=(), reason=LOCAL),
     "audio-spectrogram-transformer": Family("ASTModel", "spectrogram", 2, changes={"max_length": 48}),
     "whisper": Family("WhisperForConditionalGeneration", "mel_speech", 4, RIGHT, "generate", reason=ABSOLUTE),
     "speech_to_text": Family("Speech2TextForConditionalGeneration", "speech", 4, BOTH, "generate", reason=SOUND),
