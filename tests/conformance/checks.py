@@ -120,6 +120,14 @@ def check_padding(family: str) -> None:
         assert error <= PADDING_TOLERANCE, f"off by {error:.1e} on the {side}, the base by {of_base:.1e}"
 
 
+def check_batch(family: str) -> None:
+    """Without any mask, samples of one length give in a batch what they give alone."""
+    of_base = _batch_error(family, base_model(family))
+    assert of_base <= PADDING_TOLERANCE, f"the base itself is off by {of_base:.1e}"
+    error = _batch_error(family, adapted(family))
+    assert error <= PADDING_TOLERANCE, f"off by {error:.1e}, the base by {of_base:.1e}"
+
+
 def check_generation(family: str) -> None:
     """Greedy generation with a cache gives the logits that it gives without."""
     known, model = FAMILIES[family], adapted(family)
@@ -143,6 +151,7 @@ CHECKS: dict[str, tuple[Callable[[str], None], Callable[[Family], bool]]] = {
     "identity": (check_identity, lambda family: True),
     "training": (check_training, lambda family: True),
     "save/load": (check_save_load, lambda family: True),
+    "batch": (check_batch, lambda family: True),
     "padding": (check_padding, lambda family: family.paddings is not None),
     "generation": (check_generation, lambda family: family.generates is not None),
     "disable": (check_disable, lambda family: True),
@@ -187,13 +196,23 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def _padding_error(family: str, model: nn.Module, side: str) -> float:
     rows = samples(FAMILIES[family].inputs)
-    batch = batch_of(family, rows, side)
+    alone = [batch_of(family, [row]) for row in rows]
+    return _difference(model, batch_of(family, rows, side), alone)
+
+
+def _batch_error(family: str, model: nn.Module) -> float:
+    rows = samples(FAMILIES[family].inputs, of_one_length=True)
+    rows = [{name: value for name, value in row.items() if not name.endswith("attention_mask")} for row in rows]
+    return _difference(model, collate(rows), rows)
+
+
+def _difference(model: nn.Module, batch: Row, alone: list[Row]) -> float:
+    """Largest relative error of samples in a batch, compared with each alone."""
     together = result(model, batch)
     errors = []
-    for i, row in enumerate(rows):
-        alone = result(model, batch_of(family, [row]))
-        for name, expected in alone.items():
-            actual = together[name].unflatten(0, (len(rows), -1))[i]
+    for i, row in enumerate(alone):
+        for name, expected in result(model, row).items():
+            actual = together[name].unflatten(0, (len(alone), -1))[i]
             mask = _mask_of(model, batch, name, together[name])
             errors.append(_relative_error(actual if mask is None else actual[:, mask[i]], expected))
     return max(errors)

@@ -117,6 +117,7 @@ FAMILIES: dict[str, Family] = {
     "convbert": encoder("ConvBertModel", paddings=(), reason=LOCAL),
     "layoutlm": encoder("LayoutLMModel"),
     "nomic_bert": encoder("NomicBertModel"),
+    "xlnet": encoder("XLNetModel", changes={"d_inner": 64}),
     # Encoder-decoders
     "bart": seq2seq("BartForConditionalGeneration"),
     "mbart": seq2seq("MBartForConditionalGeneration"),

@@ -100,10 +100,10 @@ INPUTS: dict[str, Callable[[torch.Generator, int], Row]] = {
 OF_LENGTH = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "input_values"}
 
 
-def samples(kind: str) -> list[Row]:
-    """Two batches of one sample each, always the same ones."""
+def samples(kind: str, *, of_one_length: bool = False) -> list[Row]:
+    """Two batches of one sample each, always the same ones; of two lengths, where length is free."""
     generator = torch.Generator().manual_seed(1)
-    return [INPUTS[kind](generator, i) for i in range(2)]
+    return [INPUTS[kind](generator, 0 if of_one_length else i) for i in range(2)]
 
 
 def collate(rows: list[Row], side: str = "right") -> Row:
