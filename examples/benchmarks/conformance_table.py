@@ -1,0 +1,76 @@
+"""Which families READ works on: runs the conformance suite and writes its outcome as a table into the README.
+
+    python examples/benchmarks/conformance_table.py [--print]
+
+Each family is a tiny random model with READ where it puts itself by default. The checks are those of
+`tests/conformance/checks.py`; a test keeps the README's table true. Takes about half a minute on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+START, END = "<!-- conformance -->", "<!-- /conformance -->"
+PASSED, NOT_APPLICABLE = "✓", "-"
+PADDING = {("right",): "✓ right", (): NOT_APPLICABLE}
+
+
+def table() -> str:
+    """The outcome of every check on every family, as markdown; footnotes say why padding is checked on one side."""
+    from conformance.checks import CHECKS, applicable, outcome
+    from conformance.families import FAMILIES
+
+    applies = set(applicable())
+    rows = [["family", *CHECKS], ["---"] * (len(CHECKS) + 1)]
+    reasons: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        if family.reason:
+            reasons.setdefault(family.reason, []).append(name)
+        row = [name]
+        for check in CHECKS:
+            passed = PADDING.get(family.paddings, PASSED) if check == "padding" else PASSED
+            error = outcome(name, check) if (name, check) in applies else None
+            row.append(_failure(error) if error else passed if (name, check) in applies else NOT_APPLICABLE)
+        rows.append(row)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    notes = [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
+
+
+def table_in(readme: str) -> str | None:
+    """The table that a README holds between the markers; None without markers."""
+    if START not in readme or END not in readme:
+        return None
+    return readme.partition(START)[2].partition(END)[0].strip() + "\n"
+
+
+def _failure(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0].replace("|", "\\|")
+    return f"{type(error).__name__}: {first[:80]}".rstrip(": ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The conformance suite's outcome as a table.")
+    parser.add_argument("--print", action="store_true", help="print the table and leave the README alone")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    warnings.simplefilter("ignore")  # of the base models
+    result = table()
+    if args.print:
+        print(result, end="")
+        return
+    readme = README.read_text(encoding="utf-8")
+    if table_in(readme) is None:
+        sys.exit(f"{README} has no place for the table: put {START} and {END} on lines of their own, or use --print.")
+    before, _, rest = readme.partition(START)
+    README.write_text(f"{before}{START}\n{result}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""READ with its default targets on a tiny model of every family: each check of the conformance suite."""
+
+import pytest
+from benchmarks.conformance_table import README, table, table_in
+from conformance.checks import applicable, outcome
+
+
+FOREIGN_WARNINGS = pytest.mark.filterwarnings(
+    # WavLM's own call of torch's attention.
+    "ignore:Support for mismatched key_padding_mask and attn_mask is deprecated:UserWarning"
+)
+
+
+@FOREIGN_WARNINGS
+@pytest.mark.parametrize(("family", "check"), list(applicable()))
+def test_conformance(family, check):
+    """A check that can't apply to a family, such as padding to images, isn't there; `families.py` says why."""
+    error = outcome(family, check)
+    if error is not None:
+        raise error
+
+
+@FOREIGN_WARNINGS
+def test_readme_tells_the_outcome():
+    """The README's table, once it has a place for one, is what `conformance_table.py` would write there now."""
+    written = table_in(README.read_text(encoding="utf-8"))
+    if written is not None:
+        assert written == table()
