@@ -6,7 +6,7 @@ from helpers import CLOSE, adapted, batch_of, images, padding_mask, result, stre
 from models import HEADS, INIT_RANGE, LAYERS, VOCAB, WIDE, WIDTH, base_model
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM, XLNetConfig, XLNetModel
 
 from peft_read import ReadConfig
 from peft_read.read.layer import ReadLayer
@@ -272,3 +272,11 @@ def test_an_output_of_another_width_is_refused():
     wrapped = inject_adapter_in_model(ReadConfig(r=4, target_modules=["liar"]), model)["liar"]
     with pytest.raises(ValueError, match=rf"liar was made for {WIDTH} features.*\(2, 5, {WIDTH // 2}\)"):
         wrapped(torch.zeros(2, 5, WIDTH))
+
+
+def test_models_with_time_first_are_refused():
+    """Their second axis is the batch: a state that runs over it would mix the samples."""
+    config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64, vocab_size=20)
+    with pytest.raises(ValueError, match="type xlnet has its tokens along the first axis"):
+        get_peft_model(XLNetModel(config), ReadConfig())
+    assert get_peft_model(XLNetModel(config), ReadConfig(cell="none")).targeted_module_names

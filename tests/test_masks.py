@@ -115,7 +115,6 @@ def test_patches_of_images():
         torch.ones(BATCH, TIME + 1),
         torch.ones(BATCH + 1, TIME),
         torch.ones(BATCH, TIME, TIME).bool(),
-        torch.ones(BATCH, 1, 1, TIME).bool(),
         torch.ones(BATCH, 1, TIME, TIME - 1).bool(),
         torch.ones(BATCH - 1, 1, TIME, TIME).bool(),
         torch.ones(BATCH, 2, 3, 4).bool(),

@@ -103,8 +103,10 @@ class ForwardCall:
         if valid is None and self.pads_right and isinstance(self.mask, Tensor) and self.mask.ndim == 2:
             missing = shape[1] - self.mask.shape[1]
             valid = nn.functional.pad(self.mask != 0, (0, missing)) if missing > 0 else None
+        if valid is None and (self.mask is None or _is_all_true(self.mask)):
+            return None  # nothing is padded, whatever tokens this is about
         if valid is None:
-            mask = self.mask if self.mask is not None else inner_mask
+            mask = self.mask
             form = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
             raise ValueError(
                 f"READ can't tell which tokens are padding: the model was given an attention mask of {form}, and the "
@@ -203,6 +205,11 @@ class ForwardCall:
             history = histories.setdefault(name, StateHistory())
             history.write(self.past, steps, cache)
             history.is_partial |= name in self.partial
+
+
+def _is_all_true(mask: Any) -> bool:
+    is_plain = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point()
+    return is_plain and not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def _without_empty(mask: Any) -> Any:

@@ -33,6 +33,8 @@ def valid_tokens(mask: Any, shape: tuple[int, int], past: int | Tensor, *, addit
     batch, time = shape
     if mask.ndim == 3 and mask.shape[0] == batch and mask.shape[1] * mask.shape[2] == time:
         return mask.flatten(1) != 0  # patches of an image
+    if mask.ndim == 4 and mask.shape[2] == 1 and time > 1:
+        mask, additive = mask[:, 0, 0], True  # the same keys for all queries
     if mask.ndim == 2:
         if mask.shape[0] != batch or not _covers(mask.shape[1], time, past):
             return None

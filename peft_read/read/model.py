@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import ReadConfig
 from .context import ForwardContext
 from .layer import CANNOT_MERGE, ReadLayer, ReadLinear
-from .targets import block_index, find_feed_forward_outputs, is_causal, owner_of
+from .targets import block_index, default_targets, is_causal, owner_of
 
 
 # Their outputs don't end in features, come with others of another meaning, or they are never called.
@@ -31,6 +31,8 @@ UNFIT = (
     nn.RNNBase,
     nn.modules.conv._ConvNd,
 )
+# By the `model_type` of the model that owns a module: outputs are (time, batch, features).
+TIME_FIRST = ("bridgetower", "bridgetower_vision_model", "mask2former", "oneformer", "xlnet")
 
 
 class ReadModel(BaseTuner):
@@ -60,7 +62,7 @@ class ReadModel(BaseTuner):
         return peft_config
 
     def _default_targets(self, config: ReadConfig) -> list[str]:
-        found = find_feed_forward_outputs(self.model)
+        found = default_targets(self.model)
         if not found:
             raise ValueError(
                 f"READ knows no default targets in a {type(self.model).__name__}: set `target_modules` to the modules "
@@ -103,6 +105,12 @@ class ReadModel(BaseTuner):
             raise ValueError(
                 f"READ can't adapt {name}, a {type(module).__name__}: it needs a module whose output ends in the "
                 "feature dimension, such as the last linear layer of a feed-forward block."
+            )
+        model_type = getattr(getattr(owner_of(self.model, name), "config", None), "model_type", None)
+        if config.cell != "none" and model_type in TIME_FIRST:
+            raise ValueError(
+                f"READ can't adapt {name}: a model of type {model_type} has its tokens along the first axis and the "
+                "batch along the second, over which the recurrence would run. Use cell='none' there."
             )
         if config.bidirectional and is_causal(owner_of(self.model, name)):
             raise ValueError(

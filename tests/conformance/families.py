@@ -117,7 +117,6 @@ FAMILIES: dict[str, Family] = {
     "convbert": encoder("ConvBertModel", paddings=(), reason=LOCAL),
     "layoutlm": encoder("LayoutLMModel"),
     "nomic_bert": encoder("NomicBertModel"),
-    "xlnet": encoder("XLNetModel", changes={"d_inner": 64}),
     # Encoder-decoders
     "bart": seq2seq("BartForConditionalGeneration"),
     "mbart": seq2seq("MBartForConditionalGeneration"),
@@ -198,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     # Dual encoders
     "clip": Family("CLIPModel", "dual", 4, BOTH),
     "siglip": Family("SiglipModel", "dual", 4, BOTH),
-    "xclip": Family("XCLIPModel", "dual_video", 6, BOTH),
+    "xclip": Family("XCLIPModel", "dual_video", 4, BOTH),
     # Videos
     "videomae": video("VideoMAEModel"),
     "timesformer": video("TimesformerModel"),
