@@ -3,42 +3,117 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Set
+from itertools import takewhile
+from typing import NamedTuple, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
-# By the `model_type` of the innermost `PreTrainedModel` that owns the module, so that a composite model needs no entry
-# of its own. Patterns match the end of a name from a dot on; shorter endings would also hit `attention.output.dense`
-# or `attn.c_proj`.
-FEED_FORWARD_OUTPUTS: dict[str, str] = {
-    "bart": r"layers\.\d+\.fc2",
-    "bert": r"encoder\.layer\.\d+\.output\.dense",
-    "clip_text_model": r"layers\.\d+\.mlp\.fc2",
-    "clip_vision_model": r"layers\.\d+\.mlp\.fc2",
-    "gpt2": r"h\.\d+\.mlp\.c_proj",
-    "llama": r"layers\.\d+\.mlp\.down_proj",
-    "t5": r"block\.\d+\.layer\.\d+\.DenseReluDense\.wo",
-    "vit": r"layers\.\d+\.mlp\.fc2",
+# Blocks of which the structure doesn't tell, by the `model_type` of the innermost `PreTrainedModel` that owns them, so
+# that a composite model needs no entry of its own. Patterns match the end of a name, from a dot on.
+EXCEPTIONS: dict[str, str] = {
+    # Feed-forward parts of their own for queries and for text.
+    "blip_2_qformer": r"encoder\.layer\.\d+\.output(_query)?\.dense",
+    "instructblip_qformer": r"encoder\.layer\.\d+\.output(_query)?\.dense",
+    "instructblipvideo_qformer": r"encoder\.layer\.\d+\.output(_query)?\.dense",
+    # The same for language and vision in the layers where they meet.
+    "lxmert": r"(layer|r_layers)\.\d+\.output\.dense|x_layers\.\d+\.(lang|visn)_output\.dense",
+    # Audio tokens have another feed-forward part than text.
+    "higgs_audio_v2": r"layers\.\d+\.mlp\.down_proj",
+    # The feed-forward parts see two widths side by side.
+    "lightglue": r"transformer_layers\.\d+\.cross_mlp\.fc2",
+    # The block's width is only that of its residual stream; the last feed-forward part is narrower.
+    "mobilebert": r"encoder\.layer\.\d+\.output\.dense",
+    # Attention and feed-forward parts in a list each.
+    "flaubert": r"ffns\.\d+\.lin2",
+    "xlm": r"ffns\.\d+\.lin2",
 }
+
+# Parts of a model, by its `model_type`, that are adapted by name only, where nothing else says so: what reconstructs
+# or predicts in pre-training, makes prompts, or acts; and towers that don't tell what they take in.
+ONLY_BY_NAME: dict[str, str] = {
+    "evolla": r"protein_encoder\.",
+    "idefics": r"(vision_model|perceiver_resampler)\.",
+    "pi0": r"(dit|vlm\.vision_tower)\.",
+    "videomae": r"decoder\.",
+    "vit_mae": r"decoder\.",
+    "vjepa2": r"predictor\.",
+    "xclip": r"prompts_generator\.",
+}
+
+# In the names, of attributes or of classes, of what mixes the tokens of a sequence; the second is stronger.
+MIXER = re.compile(r"attn|attention|mixer|mamba|mlstm|recurrent|delta_?net|short_?conv|fourier", re.IGNORECASE)
+NO_MIXER = re.compile(r"(mlp|ffn|feed_?forward|moe|DecoderLayer)$", re.IGNORECASE)
+# One query per sequence: no time to recur over.
+POOLING = re.compile(r"Pooler|Pooling")
+# Models that turn what another model says into sound.
+SYNTHESIS = re.compile(r"Talker|TextToUnit|Token2Wav|Code2Wav|CodePredictor|DepthDecoder|Codec|Mimi|Tokenizer")
+
+
+class Part(NamedTuple):
+    """What a block, or a part of one, holds: `output` is the relative name of where its feed-forward part ends."""
+
+    mixes: bool
+    output: str
+    sparse: bool
 
 
 def find_feed_forward_outputs(model: nn.Module) -> list[str]:
-    """Names of the modules that READ adapts by default: where each transformer block's feed-forward part ends.
+    """Names of the modules where the feed-forward parts of a model's transformer blocks end, in all of its towers.
+
+    That is, of each block, the linear layer that narrows back to the block's width, or the whole mixture of experts.
+    Left out are pooling heads, and the models in a composite that make sound of what it says. Works on adapted
+    models, too, where it names the adapted modules.
 
     Args:
         model: a transformers model, or any module that contains some.
 
     Returns:
-        Full module names, in the order of the model; empty if no part of `model` is of a known type.
+        Full module names, in the order of the model; empty if it has no such blocks.
     """
-    names = []
-    for name, _ in model.named_modules():
-        owner = owner_of(model, name)
-        pattern = FEED_FORWARD_OUTPUTS.get(owner.config.model_type) if isinstance(owner, PreTrainedModel) else None
-        if pattern is not None and re.fullmatch(rf"(.*\.)?{pattern}", name):
-            names.append(name)
-    return names
+    modules = dict(_modules(model, _left_out(model)))
+    stacks = [(name, module) for name, module in modules.items() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    blocks: set[nn.Module] = set()
+    found: set[str] = set()
+    for name, stack in reversed(stacks):  # the innermost first
+        found.update(_join(name, output) for output in _outputs_of_stack(stack, blocks))
+    outputs = []
+    for name in modules:
+        pattern = EXCEPTIONS.get(_model_type(owner_of(model, name)))
+        if name in found if pattern is None else re.fullmatch(rf"(.*\.)?({pattern})", name):
+            outputs.append(name.partition(".base_layer.")[0])  # inside what is adapted as a whole: goes by that
+    return list(dict.fromkeys(outputs))
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """The feed-forward outputs that READ adapts when nobody names any: where video and text run.
+
+    In generative composites that is the language tower. Dual encoders and encoder-decoders are adapted on both sides.
+
+    Args:
+        model: a transformers model, or any module that contains some.
+
+    Returns:
+        Those names of [`find_feed_forward_outputs`] that lie in these towers, in the order of the model.
+    """
+    found = find_feed_forward_outputs(model)
+    roots: list[str] = []
+    for prefix, owner in _modules(model):
+        if isinstance(owner, PreTrainedModel):
+            by_name = ONLY_BY_NAME.get(_model_type(owner), "$")
+            found = [name for name in found if not re.match(re.escape(_join(prefix, "")) + by_name, name)]
+            if not any(_within(prefix, root) for root in roots):
+                roots.append(prefix)
+    for root in roots:
+        inside = [name for name in found if _within(name, root)]
+        wanted = set(_in_default_towers(model, root, inside) or inside)
+        found = [name for name in found if name in wanted or name not in inside]
+    return found
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module:
@@ -76,3 +151,142 @@ def block_index(name: str, layers_pattern: list[str] | str | None = None) -> int
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or [r"[^.]+"]
     matches = (re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name) for pattern in patterns)
     return next((int(match[1]) for match in matches if match), None)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _within(name: str, prefix: str) -> bool:
+    return not prefix or f"{name}.".startswith(f"{prefix}.")
+
+
+def _model_type(owner: nn.Module) -> str:
+    return getattr(owner.config, "model_type", "") if isinstance(owner, PreTrainedModel) else ""
+
+
+def _modules(model: nn.Module, without: Set[nn.Module] = frozenset()) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the base model: what is adapted goes by its wrapper's name, adapters don't occur."""
+    seen = set(without)
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        path = name
+        while isinstance(module, BaseTunerLayer) and module not in seen:
+            seen.add(module)
+            module, path = cast(nn.Module, module.base_layer), _join(path, "base_layer")
+        # What is in `modules_to_save` is trained as a whole, and there in several copies.
+        if module in seen or isinstance(module, AuxiliaryTrainingWrapper):
+            return
+        seen.add(module)
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from walk(child, _join(path, child_name))
+
+    return walk(model, "")
+
+
+def _left_out(model: nn.Module) -> set[nn.Module]:
+    """Pooling heads, and the synthesisers inside models that aren't synthesisers themselves."""
+    owners = {module for module in model.modules() if isinstance(module, PreTrainedModel)}
+    synthesisers = {owner for owner in owners if SYNTHESIS.search(type(owner).__name__)}
+    inner = {module for owner in owners - synthesisers for module in owner.modules()}
+    return synthesisers & inner | {module for module in model.modules() if POOLING.search(type(module).__name__)}
+
+
+def _outputs_of_stack(stack: nn.Module, blocks: set[nn.Module]) -> list[str]:
+    """Where the feed-forward parts of a list's members end, if these are blocks; adds them to `blocks`."""
+    parts: dict[str, Part] = {}
+    for name, member in stack.named_children():
+        inside = set(member.modules())
+        if not blocks.isdisjoint(inside) or any(isinstance(module, PreTrainedModel) for module in inside):
+            continue
+        # A member may hold several blocks, such as one over space and one over channels.
+        inner = {f"{name}.{n}": _part(c) for n, c in member.named_children() if not _is_mixer(n, c)}
+        inner = {n: part for n, part in inner.items() if part.mixes and part.output}
+        parts |= inner if len(inner) > 1 else {name: _part(member)}
+    kinds = [(part.mixes, bool(part.output)) for part in parts.values()]
+    # Or parts of blocks take turns; the sublayers of one block have one feed-forward part among them.
+    take_turns = (True, False) in kinds and kinds.count((False, True)) > 1
+    if (True, True) not in kinds and not take_turns:
+        return []
+    blocks.update(stack.modules())
+    outputs = {name: part.output for name, part in parts.items() if part.output}
+    # The dense blocks among sparse ones are adapted at the same place.
+    sparse = {part.output for part in parts.values() if part.sparse}
+    return [f"{name}.{next((s for s in sparse if _within(output, s)), output)}" for name, output in outputs.items()]
+
+
+def _part(block: nn.Module) -> Part:
+    """What a module holds, its feed-forward part being outside of what mixes tokens."""
+    mixers = {module for name, module in _modules(block) if _is_mixer(name, module) and name}
+    modules = dict(_modules(block, mixers))
+    experts = [name.split(".") for name, module in modules.items() if _is_experts(name, module)]
+    around = takewhile(lambda parts: len(set(parts)) == 1, zip(*(path[:-1] for path in experts), strict=False))
+    sparse = re.sub(r"(\.base_layer)+$", "", ".".join(parts[0] for parts in around))
+    if sparse:
+        return Part(bool(mixers), sparse, sparse=True)
+    best, output, widened = (False, 0), "", dict[int, int]()
+    sizes = {name: size for name, module in modules.items() if (size := _sizes(module))}
+    for name, (inner, width) in sizes.items():
+        narrows = inner > width and widened.get(width, 0) > width
+        # Gates and low-rank paths are narrower inside than the feed-forward part; of two like it, the last counts.
+        if width in widened and (narrows or mixers) and (narrows, inner) >= best:
+            best, output = (narrows, inner), name
+        widened[inner] = max(width, widened.get(inner, 0))
+    return Part(bool(mixers), output, sparse=False)
+
+
+def _is_experts(name: str, module: nn.Module) -> bool:
+    return name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+
+
+def _is_mixer(name: str, module: nn.Module) -> bool:
+    kind = type(module).__name__
+    if _sizes(module) or NO_MIXER.search(kind) or not MIXER.search(f"{name.rpartition('.')[2]} {kind}"):
+        return False
+    weights = (p for m in module.modules() if not isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(False))
+    return any(weight.ndim > 1 for weight in weights)  # unlike in a norm
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Widths of a linear layer's input and output; not from its weights, which may be packed."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    inner, width = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (inner, width) if isinstance(inner, int) and isinstance(width, int) else None
+
+
+def _in_default_towers(model: nn.Module, root: str, names: list[str]) -> list[str]:
+    """Those targets of an outermost transformers model that lie where video and text run."""
+    owner = cast(PreTrainedModel, model.get_submodule(root))
+    owner = getattr(owner, "thinker", owner)  # an omni model that speaks: the part of it that understands
+    paths = {module: name for name, module in _modules(model)}
+    sides = [owner.get_decoder() or owner]
+    together = all(_within(name, paths.get(sides[0], "")) for name in names)
+    if owner.config.is_encoder_decoder:
+        sides.append(owner.get_encoder())
+    elif not (_takes_text(owner) and (together or is_causal(sides[0]) or _reads_features(owner))):
+        return names  # only sees or hears, or is a dual encoder
+    wanted = []
+    for name in names:
+        side = next((side for side in sides if side in paths and _within(name, paths[side])), None)
+        # What only sees or hears, inside of what reads, is a tower of its own.
+        reads = _takes_text(side) and getattr(side, "main_input_name", "") == "input_ids"
+        if side is not None and (_takes_text(owner_of(model, name)) or not reads):
+            wanted.append(name)
+    return wanted
+
+
+def _takes_text(owner: nn.Module | None) -> bool:
+    return "text" in getattr(owner, "input_modalities", "text")
+
+
+def _reads_features(owner: nn.Module) -> bool:
+    """Whether a model puts other towers' features among its text, rather than giving text features of its own."""
+    features = {
+        kind
+        for module in owner.modules()
+        for kind in ("image", "video", "audio", "text")
+        if hasattr(module, f"get_{kind}_features")
+    }
+    return bool(features) and "text" not in features
