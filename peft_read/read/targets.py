@@ -222,7 +222,7 @@ def _part(block: nn.Module) -> Part:
     modules = dict(_modules(block, mixers))
     experts = [name.split(".") for name, module in modules.items() if _is_experts(name, module)]
     around = takewhile(lambda parts: len(set(parts)) == 1, zip(*(path[:-1] for path in experts), strict=False))
-    sparse = ".".join(parts[0] for parts in around)
+    sparse = re.sub(r"(\.base_layer)+$", "", ".".join(parts[0] for parts in around))
     if sparse:
         return Part(bool(mixers), sparse, sparse=True)
     best, output, widened = (False, 0), "", dict[int, int]()
