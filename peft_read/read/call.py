@@ -17,6 +17,9 @@ from .masks import NAMES, valid_tokens
 
 # Where other models keep what they know of earlier tokens: Mamba, XLNet, Reformer, RWKV, XLM and streaming encoders.
 _FOREIGN_CACHES = ("cache_params", "mems", "past_buckets_states", "state", "cache", "padding_cache")
+# By `model_type`: what these are given is the mask of one of their towers, while their own blocks see other tokens
+# (X-CLIP's the frames of a video).
+_MASK_OF_A_TOWER = ("xclip",)
 
 
 @dataclass
@@ -65,11 +68,12 @@ class ForwardCall:
         given = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         tokens = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
         cache = self_attention_cache(arguments.get("past_key_values"))
+        config = getattr(owner, "config", None)
         return cls(
             **known,
             tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
-            mask=next((mask for name in NAMES if (mask := _without_empty(arguments.get(name))) is not None), None),
-            pads_right=hasattr(getattr(owner, "config", None), "attention_window"),
+            mask=None if getattr(config, "model_type", None) in _MASK_OF_A_TOWER else _mask_in(arguments),
+            pads_right=hasattr(config, "attention_window"),
             cache=cache,
             past=0 if cache is None else cached_length(cache),
             is_paged=arguments.get("write_index") is not None,
@@ -212,9 +216,13 @@ def _is_all_true(mask: Any) -> bool:
     return is_plain and not torch.compiler.is_compiling() and bool(mask.all())
 
 
-def _without_empty(mask: Any) -> Any:
-    """None for a dict of no masks, which generation passes where nothing is padded."""
-    return None if isinstance(mask, dict) and all(kind is None for kind in mask.values()) else mask
+def _mask_in(arguments: dict[str, Any]) -> Any:
+    """The mask that a model was given; a dict of no masks is what generation passes where nothing is padded."""
+    for name in NAMES:
+        mask = arguments.get(name)
+        if mask is not None and not (isinstance(mask, dict) and all(kind is None for kind in mask.values())):
+            return mask
+    return None
 
 
 def backward_pass() -> int:

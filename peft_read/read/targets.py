@@ -43,7 +43,7 @@ ONLY_BY_NAME: dict[str, str] = {
     "videomae": r"decoder\.",
     "vit_mae": r"decoder\.",
     "vjepa2": r"predictor\.",
-    "xclip": r"(mit|prompts_generator)\.",
+    "xclip": r"prompts_generator\.",
 }
 
 # In the names, of attributes or of classes, of what mixes the tokens of a sequence; the second is stronger.

@@ -197,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     # Dual encoders
     "clip": Family("CLIPModel", "dual", 4, BOTH),
     "siglip": Family("SiglipModel", "dual", 4, BOTH),
-    "xclip": Family("XCLIPModel", "dual_video", 4, BOTH),
+    "xclip": Family("XCLIPModel", "dual_video", 6, BOTH),
     # Videos
     "videomae": video("VideoMAEModel"),
     "timesformer": video("TimesformerModel"),
