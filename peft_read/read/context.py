@@ -14,14 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from types import NoneType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .decoding import RecurrentStates, StateHistory, cached_length, capacity_of, self_attention_cache
+from .decoding import (
+    RecurrentStates,
+    StateHistory,
+    cached_length,
+    capacity_of,
+    foreign_cache,
+    self_attention_cache,
+)
 from .masks import NAMES, valid_tokens
 from .targets import is_causal
 
@@ -29,8 +35,6 @@ from .targets import is_causal
 _ATTRIBUTE = "_read_forward_context"
 # Where transformers' blocks, and torch's own checkpoint wrapper, keep the function that checkpoints them.
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
-# Where other models keep what they know of earlier tokens: Mamba, XLNet, Reformer, RWKV, XLM and streaming encoders.
-_FOREIGN_CACHES = ("cache_params", "mems", "past_buckets_states", "state", "cache", "padding_cache")
 
 
 @dataclass
@@ -86,7 +90,7 @@ class ForwardCall:
             cache=cache,
             past=0 if cache is None else cached_length(cache),
             is_paged=arguments.get("write_index") is not None,
-            foreign_cache=_foreign_cache(arguments),
+            foreign_cache=foreign_cache(arguments),
             position_ids=arguments.get("position_ids"),
             cu_seq_lens=arguments.get("cu_seq_lens_q"),
             backward=_backward_pass(),
@@ -387,14 +391,6 @@ def _without_empty(mask: Any) -> Any:
 
 def _backward_pass() -> int:
     return torch._C._current_graph_task_id()
-
-
-def _foreign_cache(arguments: dict[str, Any]) -> str | None:
-    given = [name for name in _FOREIGN_CACHES if not isinstance(arguments.get(name), (Tensor, NoneType))]
-    cache = arguments.get("past_key_values")
-    if cache is not None and self_attention_cache(cache) is None:
-        given.append("past_key_values")
-    return next(iter(given), None)
 
 
 def _cache_in(output: Any) -> Any:
