@@ -223,11 +223,15 @@ def step(family, model, ids, cache=None, **options):
     return model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, **options)
 
 
-def empty_cache(family, model, size=None):
-    """A cache that grows, and can go back also where its attention windows slide; or one of fixed size."""
-    config = model.get_base_model().config
+def empty_cache(family, model, size=None, goes_back=False):
+    """A cache that grows, or one of fixed size.
 
+    Args:
+        size: the fixed size.
+        goes_back: whether it can, also where its attention windows slide; then `crop` must follow every forward.
+    """
+    config = model.get_base_model().config
     cache = DynamicCache(config=config) if size is None else StaticCache(config=config, max_cache_len=size)
-    if size is None:
+    if goes_back:
         cache.activate_past_recording()
     return EncoderDecoderCache(cache, DynamicCache()) if GENERATORS[family].encoder_decoder else cache

@@ -131,6 +131,8 @@ OFFLOADED = {
 }
 
 
+# transformers before 5.23 takes the place where weights lie for the one where they compute.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("where", OFFLOADED)
 def test_offloaded(where, cell, tmp_path):

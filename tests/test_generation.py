@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from generators import (
     DECODERS,
     ERROR,
@@ -16,6 +17,7 @@ from generators import (
     prompt,
     random_ids,
 )
+from packaging.version import parse
 
 
 BATCH_MODES = {
@@ -93,6 +95,8 @@ def test_prompt_lookup(family, cell):
 
 def assistant_of(family, cell):
     """A model with an adapter of its own, near enough to the other one for some of its drafts to be taken, not all."""
+    if family in ("gemma3", "mistral") and parse(transformers.__version__) < parse("5.23"):
+        pytest.skip("there transformers' assisted decoding fails where attention windows slide, without READ as well")
     model, noise = generator(family, cell), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from generators import DECODERS, ERROR, GENERATORS, empty_cache, generator, random_ids, step
 from helpers import adapter_parameters
+from packaging.version import parse
 
 
 CELLS = [("gru", family) for family in GENERATORS] + [(c, f) for c in ("rnn", "lstm") for f in ("llama", "bart")]
@@ -44,7 +46,7 @@ def test_pieces_of_any_length(family, cell, static):
 def test_crop_and_another_branch(family, cell, removed):
     """A cache that goes back a few tokens and on with others, twice."""
     model, ids, branches = generator(family, cell), random_ids(2, 9), random_ids(2, 8, seed=1)
-    cache = filled(family, model, ids)
+    cache = filled(family, model, ids, goes_back=True)
     for branch in branches.split(4, dim=1):
         cache.crop(-removed)
         ids = ids[:, : ids.shape[1] - removed]
@@ -69,10 +71,11 @@ def test_copied_prefix(family, cell):
 def test_a_copy_follows_what_is_done_to_it(family, cell):
     """Going back, or another order of rows, in a copy moves the copy's states, not the original's."""
     model, ids = generator(family, cell), random_ids(3, 6)
-    cache = filled(family, model, ids)
+    cache = filled(family, model, ids, goes_back=True)
     twin, order = copy.deepcopy(cache), torch.tensor([2, 0, 1])
     twin.reorder_cache(order)
     twin.crop(-2)
+    cache.crop(0)
     assert_continues(family, model, cache, ids, random_ids(3, 3, seed=1))
     assert_continues(family, model, twin, ids[order, :4], random_ids(3, 3, seed=2))
 
@@ -97,6 +100,8 @@ def test_rows_are_repeated_selected_and_reordered(family, cell):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_reset_and_reuse(family, cell, static):
     """A cache that was emptied begins anew, for as many rows as are given then."""
+    if not (static and family in DECODERS) and parse(transformers.__version__) < parse("5.23"):
+        pytest.skip("there transformers overwrites such a cache with zeros, which stay in it")
     model, ids = generator(family, cell), random_ids(2, 6)
     cache = filled(family, model, ids, size=20 if static else None)
     cache.reset()
@@ -157,3 +162,17 @@ def test_more_tokens_than_a_block(family, cell, monkeypatch):
     cache = filled(family, model, ids[:, :2])
     for end in range(2, 20):
         assert_continues(family, model, cache, ids[:, :end], ids[:, end : end + 1])
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@torch.no_grad()
+def test_a_module_called_in_several_places(cell):
+    """Blocks that share their feed-forward part keep a state for each place, in the order of the calls."""
+    model, ids = generator("llama", cell), random_ids(2, 9)
+    first, second = model.get_base_model().model.layers
+    second.mlp = first.mlp
+    cache = empty_cache("llama", model)
+    for start in range(0, 9, 3):
+        assert_continues("llama", model, cache, ids[:, :start], ids[:, start : start + 3])
+    cache.crop(-4)
+    assert_continues("llama", model, cache, ids[:, :5], ids[:, 5:])

@@ -5,18 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import NoneType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .decoding import RecurrentStates, StateHistory, cached_length, self_attention_cache
+from .decoding import RecurrentStates, StateHistory, cached_length, foreign_cache, self_attention_cache
 from .masks import NAMES, valid_tokens
 
 
-# Where other models keep what they know of earlier tokens: Mamba, XLNet, Reformer, RWKV, XLM and streaming encoders.
-_FOREIGN_CACHES = ("cache_params", "mems", "past_buckets_states", "state", "cache", "padding_cache")
 # By `model_type`: what these are given is the mask of one of their towers, while their own blocks see other tokens
 # (X-CLIP's the frames of a video).
 _MASK_OF_A_TOWER = ("xclip",)
@@ -77,7 +74,7 @@ class ForwardCall:
             cache=cache,
             past=0 if cache is None else cached_length(cache),
             is_paged=arguments.get("write_index") is not None,
-            foreign_cache=_foreign_cache(arguments),
+            foreign_cache=foreign_cache(arguments),
             position_ids=arguments.get("position_ids"),
             cu_seq_lens=arguments.get("cu_seq_lens_q"),
             backward=backward_pass(),
@@ -228,14 +225,6 @@ def _mask_in(arguments: dict[str, Any]) -> Any:
 def backward_pass() -> int:
     """Number of the backward pass that runs in this thread, -1 outside of one."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
-def _foreign_cache(arguments: dict[str, Any]) -> str | None:
-    given = [name for name in _FOREIGN_CACHES if not isinstance(arguments.get(name), (Tensor, NoneType))]
-    cache = arguments.get("past_key_values")
-    if cache is not None and self_attention_cache(cache) is None:
-        given.append("past_key_values")
-    return next(iter(given), None)
 
 
 def _cache_in(output: Any) -> Any:

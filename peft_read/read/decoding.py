@@ -17,6 +17,8 @@ from torch import Tensor
 
 _ATTRIBUTE = "_read_states"
 _BLOCK = 64  # steps by which a history that has become too short grows
+# Where other models keep what they know of earlier tokens: Mamba, XLNet, Reformer, RWKV, XLM and streaming encoders.
+_FOREIGN_CACHES = ("cache_params", "mems", "past_buckets_states", "state", "cache", "padding_cache")
 
 
 class StateHistory:
@@ -163,16 +165,26 @@ def self_attention_cache(cache: Any) -> Any:
     return cache if hasattr(cache, "get_seq_length") else None
 
 
+def foreign_cache(arguments: dict[str, Any]) -> str | None:
+    """Name of an argument that holds what a model knows of earlier tokens, but not as a cache; None if none does."""
+    given = [name for name in _FOREIGN_CACHES if not isinstance(arguments.get(name), (Tensor, types.NoneType))]
+    cache = arguments.get("past_key_values")
+    if cache is not None and self_attention_cache(cache) is None:
+        given.append("past_key_values")
+    return next(iter(given), None)
+
+
 def cached_length(cache: Any) -> int | Tensor | None:
     """Tokens in a cache: a number, or a copy of a fixed-size cache's counter; None if it doesn't count them."""
     try:
         length = cache.get_seq_length()
     except ValueError:  # only layers of linear attention
         return None
-    if isinstance(length, Tensor):
-        return length.clone()
-    # A cache of fixed size has no counter yet before its first token.
-    return torch.tensor(length) if getattr(cache, "is_compileable", False) else length
+    # Either may be given the other way: a growing cache's as a tensor once transformers 5.17 has cropped it by one, a
+    # fixed one's as a number before its first token.
+    if not getattr(cache, "is_compileable", False):
+        return int(length)
+    return length.clone() if isinstance(length, Tensor) else torch.tensor(length)
 
 
 def capacity_of(cache: Any) -> int:
