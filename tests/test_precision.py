@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from helpers import adapted, adapter_parameters, batch_of, loss_of, result
 from models import WIDE, WIDTH, base_model
 from peft import get_peft_model
+from torch import nn
 
 from peft_read import ReadConfig
 from peft_read.read.layer import ReadLayer
 
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+OWN = {"rnn_tanh": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 CELLS = pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "none"])
 BATCH = batch_of("bert", padding="left", lengths=(16, 9, 2))
 
@@ -35,7 +37,7 @@ def by_hand(layer, hidden, mask):
         bottleneck = F.linear(row[valid], down.weight.float(), down.bias.float())[None]
         if "default" in layer.read_recurrence:
             cell = layer.read_recurrence["default"]
-            twin = type(cell)(cell.input_size, cell.hidden_size, batch_first=True)
+            twin = OWN[cell.kind](cell.input_size, cell.hidden_size, batch_first=True)
             twin.load_state_dict({name: value.float() for name, value in cell.state_dict().items()})
             bottleneck = twin(bottleneck)[0]
         delta = F.linear(F.gelu(bottleneck[0]), up.weight.float(), up.bias.float())
