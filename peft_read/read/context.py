@@ -6,7 +6,6 @@ forget it when the call ends; the layers look at the newest call that runs in th
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import threading
@@ -40,7 +39,7 @@ class ForwardContext:
         self._causal = causal
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
-        self._watched: set[str] = set()
+        self._argument_names: dict[str, list[str]] = {}  # of the model (""), and of the parts that are watched
         self._recurrences: set[str] = set()
 
     @classmethod
@@ -49,6 +48,7 @@ class ForwardContext:
         context: ForwardContext | None = owner.__dict__.get(_ATTRIBUTE)
         if context is None:
             context = cls(is_causal(owner))
+            context._argument_names[""] = _positional_names(owner)
             context._handles = [
                 owner.register_forward_pre_hook(context._enter, with_kwargs=True),
                 owner.register_forward_hook(context._leave, always_call=True),
@@ -70,10 +70,10 @@ class ForwardContext:
         parts = path.split(".")[:-1]
         for name in itertools.accumulate(parts, "{}.{}".format):
             module = owner.get_submodule(name)
-            if "attention_mask" not in _positional_names(type(module)):  # type: ignore[arg-type]
+            if "attention_mask" not in (names := _positional_names(module)):
                 continue
-            if name not in self._watched:
-                self._watched.add(name)
+            if name not in self._argument_names:
+                self._argument_names[name] = names
                 note = partial(self._note_mask, name)
                 self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
             return name
@@ -127,12 +127,15 @@ class ForwardContext:
     def _enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if owner.training and torch.is_grad_enabled():
             self._follow_checkpoints(owner)
-        arguments = _named(owner, args, kwargs)
+        arguments = self._arguments("", args, kwargs)
         self._stack.append(ForwardCall.of(owner, arguments, causal=self._causal, recurrences=self._recurrences))
 
     def _note_mask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stack:
-            self._stack[-1].inner_masks[name] = _named(module, args, kwargs).get("attention_mask")
+            self._stack[-1].inner_masks[name] = self._arguments(name, args, kwargs).get("attention_mask")
+
+    def _arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._argument_names[name], args, strict=False)) | kwargs
 
     def _leave(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._stack:  # empty if another pre-hook failed before ours
@@ -184,11 +187,7 @@ def _without_context(function: Callable[..., Any], context: ForwardContext) -> C
     return function if inner is function.checkpoint else _CheckpointInContext(function.context, inner)
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(_positional_names(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
-
-
-@functools.cache
-def _positional_names(module_cls: type[nn.Module]) -> tuple[str, ...]:
-    parameters = list(inspect.signature(module_cls.forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+def _positional_names(module: nn.Module) -> list[str]:
+    # Of the class: accelerate puts a function of its own in place of an instance's forward.
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
