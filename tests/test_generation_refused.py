@@ -19,7 +19,7 @@ from generators import (
     whisper,
 )
 from helpers import strengthen
-from models import HEADS, VOCAB, WIDE, WIDTH
+from models import HEADS, VOCAB, WIDTH
 from peft import get_peft_model
 from transformers import (
     BambaConfig,
@@ -34,8 +34,6 @@ from transformers import (
     RwkvConfig,
     RwkvForCausalLM,
     WhisperForConditionalGeneration,
-    XLNetConfig,
-    XLNetLMHeadModel,
 )
 
 from peft_read import ReadConfig
@@ -70,11 +68,6 @@ def rwkv():
     return adapt(RwkvForCausalLM(RwkvConfig(**size)), r".*feed_forward\.value")
 
 
-def xlnet():
-    size = {"vocab_size": VOCAB, "d_model": WIDTH, "n_layer": 2, "n_head": HEADS, "d_inner": WIDE}
-    return adapt(XLNetLMHeadModel(XLNetConfig(**size)), r".*ff\.layer_2")
-
-
 @pytest.mark.parametrize("model", [bamba, qwen3_next])
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
 def test_linear_attention_beside_full_attention(model, options):
@@ -97,7 +90,7 @@ def test_a_cache_that_does_not_count():
         call.start("a recurrence", slice(None))
 
 
-@pytest.mark.parametrize(("model", "name"), [(mamba, "cache_params"), (rwkv, "state"), (xlnet, "mems")])
+@pytest.mark.parametrize(("model", "name"), [(mamba, "cache_params"), (rwkv, "state")])
 def test_states_of_other_kinds(model, name):
     """Models that carry earlier tokens' states in an argument of their own."""
     torch.manual_seed(0)
