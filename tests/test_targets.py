@@ -15,6 +15,7 @@ import transformers
 from benchmarks.target_census import build, classes_of, measured_targets
 from helpers import adapted
 from models import FAMILIES, base_model
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -41,11 +42,12 @@ from peft_read.read.targets import default_targets
 
 
 MEASURED = json.loads((Path(__file__).parent / "read_targets.json").read_text())
-MEASURED_WITH = (5, 23)
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+# Of the types whose parts had other names before.
+RENAMED = {"qwen2_5_omni": "5.23.0", "qwen2_5_omni_thinker": "5.23.0"}
 # What the defaults of some configs lack.
 OPTIONS = {
-    "dots1": {"n_routed_experts": 8, "num_hidden_layers": 4},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 2}},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -117,8 +119,20 @@ LITERAL = {
             "thinker.model.visual.blocks.N.mlp.down_proj": 32,
         },
     ),
-    # Neither attention nor tokens.
+    # One that finds what a text names in pictures: no language tower to prefer.
+    "sam3": (
+        {
+            "vision_encoder.backbone.layers.N.mlp.fc2": 32,
+            "text_encoder.text_model.encoder.layers.N.mlp.fc2": 24,
+            "geometry_encoder.layers.N.mlp.fc2": 3,
+            "detr_encoder.layers.N.mlp.fc2": 6,
+            "detr_decoder.layers.N.mlp.fc2": 6,
+        },
+        {},
+    ),
+    # Neither attention nor a state space; what one of them calls its mixer is a convolution.
     "convnext": ({}, {}),
+    "vibevoice_acoustic_tokenizer": ({}, {}),
 }
 
 
@@ -132,6 +146,8 @@ def _quiet():
 
 def base_of(model_type):
     """A type's base model, or the model it has instead."""
+    if Version(transformers.__version__) < Version(RENAMED.get(model_type, "0")):
+        pytest.skip(f"has other names in transformers {transformers.__version__}")
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     classes = classes_of(model_type)
@@ -155,8 +171,6 @@ def outline(names):
 @pytest.mark.parametrize("model_type", LITERAL)
 def test_known_families(model_type):
     """All towers are found, and by default those are adapted through which video and text run."""
-    if VERSION < MEASURED_WITH and model_type in ("vit", "swin", "florence2"):
-        pytest.skip("has other names in older versions")
     default, others = LITERAL[model_type]
     model = base_of(model_type)
     found = find_feed_forward_outputs(model)
@@ -166,7 +180,6 @@ def test_known_families(model_type):
     assert found == sorted(found, key=order.index)
 
 
-@pytest.mark.skipif(VERSION < MEASURED_WITH, reason="names were measured in a later version of transformers")
 @pytest.mark.parametrize("model_type", MEASURED)
 def test_measured_targets(model_type):
     """What was measured to end each block, in all towers, and which of it is the default."""
@@ -286,6 +299,14 @@ def test_parts_that_are_trained_as_a_whole():
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])
     model = get_peft_model(LlamaModel(LlamaConfig(**TINY)), config)
     assert find_feed_forward_outputs(model.get_base_model()) == ["layers.0.mlp.down_proj"]
+
+
+def test_pooling_heads():
+    """Attention that pools a video into one vector isn't a block, though it is built as one."""
+    model = on_meta(transformers.VJEPA2ForVideoClassification, transformers.VJEPA2Config(num_hidden_layers=2))
+    assert hasattr(model.pooler, "self_attention_layers")
+    assert not any("pooler" in name for name in find_feed_forward_outputs(model))
+    assert outline(default_targets(model)) == {"vjepa2.encoder.layer.N.mlp.fc2": 2}
 
 
 def test_a_stack_alone():
