@@ -46,7 +46,8 @@ MEASURED = json.loads((Path(__file__).parent / "read_targets.json").read_text())
 RENAMED = {"qwen2_5_omni": "5.23.0", "qwen2_5_omni_thinker": "5.23.0"}
 # What the defaults of some configs lack.
 OPTIONS = {
-    "dots1": {"n_routed_experts": 8, "num_hidden_layers": 4},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 2}},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -118,8 +119,20 @@ LITERAL = {
             "thinker.model.visual.blocks.N.mlp.down_proj": 32,
         },
     ),
-    # Neither attention nor tokens.
+    # One that finds what a text names in pictures: no language tower to prefer.
+    "sam3": (
+        {
+            "vision_encoder.backbone.layers.N.mlp.fc2": 32,
+            "text_encoder.text_model.encoder.layers.N.mlp.fc2": 24,
+            "geometry_encoder.layers.N.mlp.fc2": 3,
+            "detr_encoder.layers.N.mlp.fc2": 6,
+            "detr_decoder.layers.N.mlp.fc2": 6,
+        },
+        {},
+    ),
+    # Neither attention nor a state space; what one of them calls its mixer is a convolution.
     "convnext": ({}, {}),
+    "vibevoice_acoustic_tokenizer": ({}, {}),
 }
 
 
@@ -286,6 +299,14 @@ def test_parts_that_are_trained_as_a_whole():
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])
     model = get_peft_model(LlamaModel(LlamaConfig(**TINY)), config)
     assert find_feed_forward_outputs(model.get_base_model()) == ["layers.0.mlp.down_proj"]
+
+
+def test_pooling_heads():
+    """Attention that pools a video into one vector isn't a block, though it is built as one."""
+    model = on_meta(transformers.VJEPA2ForVideoClassification, transformers.VJEPA2Config(num_hidden_layers=2))
+    assert hasattr(model.pooler, "self_attention_layers")
+    assert not any("pooler" in name for name in find_feed_forward_outputs(model))
+    assert outline(default_targets(model)) == {"vjepa2.encoder.layer.N.mlp.fc2": 2}
 
 
 def test_a_stack_alone():

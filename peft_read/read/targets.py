@@ -197,8 +197,7 @@ def _outputs_of_stack(stack: nn.Module, blocks: set[nn.Module]) -> list[str]:
     """Where the feed-forward parts of a list's members end, if these are blocks; adds them to `blocks`."""
     parts: dict[str, Part] = {}
     for name, member in stack.named_children():
-        inside = set(member.modules())
-        if not blocks.isdisjoint(inside) or any(isinstance(module, PreTrainedModel) for module in inside):
+        if not blocks.isdisjoint(member.modules()):
             continue
         # A member may hold several blocks, such as one over space and one over channels.
         inner = {f"{name}.{n}": _part(c) for n, c in member.named_children() if not _is_mixer(n, c)}
