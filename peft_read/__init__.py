@@ -8,6 +8,8 @@ from .registration import add_peft_type, register
 
 add_peft_type("READ")
 
+from .pvla.loss import PvlaLoss  # noqa: E402
+from .pvla.transport import partial_transport  # noqa: E402
 from .read.config import ReadConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
 from .read.model import ReadModel  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
@@ -17,4 +19,11 @@ from .read.targets import find_feed_forward_outputs  # noqa: E402
 register(ReadConfig, ReadModel)
 
 __version__ = "0.1.0"
-__all__ = ["ReadConfig", "ReadModel", "find_feed_forward_outputs", "recurrent_scan"]
+__all__ = [
+    "PvlaLoss",
+    "ReadConfig",
+    "ReadModel",
+    "find_feed_forward_outputs",
+    "partial_transport",
+    "recurrent_scan",
+]

@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from ..precision import without_autocast
 from .call import ForwardCall
 from .config import ReadConfig
 from .context import ForwardContext
-from .recurrence import Recurrence, State, packed_states, unpack_state, without_autocast
+from .recurrence import Recurrence, State, packed_states, unpack_state
 
 
 @dataclass(frozen=True)

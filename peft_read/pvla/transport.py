@@ -1,0 +1,263 @@
+"""Partial optimal transport between the frames of videos and the words of sentences, for a whole batch at once."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..precision import without_autocast
+
+
+Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]
+
+# Of a pair that may carry nothing. Finite, so that a sample without any pair gives no NaN on the way.
+FORBIDDEN = -1e30
+# Iterations between two evaluations of exp(logits + potentials): products of many small steps drift off and overflow.
+ABSORB_EVERY = 10
+# Iterations between two Newton steps for the total mass.
+NEWTON_EVERY = 3
+# Bound of what a potential may rise between two absorptions: keeps products of two of its exponentials in float32.
+LARGEST_RISE = 40.0
+# A mass this close to all that a side can carry is all of it, in float32.
+FULL = 1 - 1e-6
+
+
+class PartialTransport(NamedTuple):
+    """What `partial_transport` returns.
+
+    Attributes:
+        plan: `(batch, frames, words)`, the mass that goes from each frame to each word; no gradient.
+        cost: `(batch,)`, sum of cost times plan.
+        residual: `(batch,)`, what another sweep of the solver would still move, as a share of the transported mass: 0
+            at the optimum. It doesn't vanish while the plan merely stalls.
+    """
+
+    plan: Tensor
+    cost: Tensor
+    residual: Tensor
+
+
+def partial_transport(
+    cost: Tensor,
+    mass: float | Tensor = 0.5,
+    reg: float = 0.05,
+    *,
+    frame_mask: Tensor | None = None,
+    word_mask: Tensor | None = None,
+    marginals: Marginals = "unit",
+    n_iter: int = 50,
+    solver: Literal["entropic", "exact"] = "entropic",
+) -> PartialTransport:
+    """Move a share of the mass from frames to words at the least cost.
+
+    Minimises `sum T C + reg * sum T (log T - 1)` over plans `T >= 0` whose rows sum to at most `a`, whose columns sum
+    to at most `b`, and which carry `mass * min(sum a, sum b)` in total: Benamou et al. 2015 (arXiv 1412.5154),
+    Proposition 5, the partial transport of READ's PVLA loss (arXiv 2312.06950). Solved in its dual, by block updates
+    of one potential per frame and one per word; memory doesn't depend on `n_iter`.
+
+    The gradient of the returned cost is the plan, by the envelope theorem: that of the minimised, regularised value,
+    not of `sum T C` with a plan that moves along. It can't be differentiated a second time.
+
+    Args:
+        cost: `(batch, frames, words)`. Float64 is solved in float64, everything else in float32.
+        mass: in (0, 1], the share that is transported; one for all, or `(batch,)`.
+        reg: weight of the entropy, in the unit of the costs. Where it is below a hundredth of them, 50 iterations may
+            not do: look at the residual.
+        frame_mask: `(batch, frames)`, true where a frame is valid; all are by default.
+        word_mask: `(batch, words)`, likewise. What lies in padding is ignored, NaN included; a sample without a valid
+            frame or word has plan and cost 0.
+        marginals: `"unit"`: a valid point carries at most `1 / min(frames, words)`, so that `mass` is the share of the
+            shorter side that is matched one to one, and the longer side is free to choose; `"uniform"`: frames at most
+            `1 / frames`, words `1 / words`; or both as tensors, `(batch, frames)` and `(batch, words)`.
+        n_iter: iterations of the entropic solver.
+        solver: `"entropic"`, or `"exact"`: without the entropy, by POT's linear program on the CPU, sample by sample.
+
+    Returns:
+        A [`PartialTransport`].
+
+    Raises:
+        ValueError: if a shape doesn't fit the cost's, or a number is out of its range. Values in tensors on an
+            accelerator aren't looked at, as that would stall it.
+    """
+    _check(cost, mass, reg, n_iter, frame_mask, word_mask)
+    with without_autocast(cost.device):
+        cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+        frames, words, masks = _capacities(cost, marginals, frame_mask, word_mask)
+        pairs = masks[0][:, :, None] & masks[1][:, None, :]
+        cost = cost.masked_fill(~pairs, 0)
+        with torch.no_grad():
+            total = torch.minimum(frames.sum(1), words.sum(1)) * (mass.to(cost) if isinstance(mass, Tensor) else mass)
+            if solver == "entropic":
+                plan, residual = _solve_entropic(cost, frames, words, total, masks, reg, n_iter)
+            elif solver == "exact":
+                plan, residual = _solve_exact(cost, frames, words, total), torch.zeros_like(total)
+            else:
+                raise ValueError(f"solver={solver!r}: expected 'entropic' or 'exact'.")
+            solved = pairs.flatten(1).any(1)
+            plan = torch.where(solved[:, None, None] & pairs, plan, 0)
+            residual = torch.where(solved, residual, 0)
+        return PartialTransport(plan, (plan * cost).sum((1, 2)), residual)
+
+
+def _solve_entropic(
+    cost: Tensor, a: Tensor, b: Tensor, total: Tensor, masks: tuple[Tensor, Tensor], reg: float, n_iter: int
+) -> tuple[Tensor, Tensor]:
+    """Plan and residual. The plan is `exp(logits + f + g + level)`: f and g the sides' potentials, `level` the mass's.
+
+    A side of which all mass goes has an equality to meet, and its potential is free; else it is at most 0. Iterations
+    run on `kernel = exp(...)` and factors u, v, t of the potentials' exponentials, by matrix-vector products.
+    """
+    logits = (cost / -reg).masked_fill(~(masks[0][:, :, None] & masks[1][:, None, :]), FORBIDDEN)
+    # Padding gets any capacity above 0 and, its row of the kernel being 0, stays out of every sum.
+    a, b, s = a.masked_fill(~masks[0], 1)[..., None], b.masked_fill(~masks[1], 1)[..., None], total[:, None, None]
+    some_a, some_b = (_some_stays(side, mask, s) for side, mask in ((a, masks[0]), (b, masks[1])))
+    top_f, top_g = (torch.zeros_like(s).masked_fill(~some_stays, torch.inf) for some_stays in (some_a, some_b))
+
+    # A start from the exact optimum over f and the level, then over g and the level, leaves no stall to sit out.
+    rows = logits.logsumexp(2, keepdim=True)
+    f = torch.minimum(a.log() - rows - _level(rows, a, masks[0], s), top_f).masked_fill(~masks[0][..., None], 0)
+    columns = (logits + f).logsumexp(1, keepdim=True).mT
+    level = _level(columns, b, masks[1], s)
+    g = torch.minimum(b.log() - columns - level, top_g).masked_fill(~masks[1][..., None], 0)
+
+    for start in range(0, n_iter, ABSORB_EVERY):
+        kernel = (logits + f + level + g.mT).exp()
+        most_u, most_v = ((top - x).clamp(max=LARGEST_RISE).exp() for top, x in ((top_f, f), (top_g, g)))
+        v, t = torch.ones_like(g), torch.ones_like(level)
+        for i in range(min(ABSORB_EVERY, n_iter - start)):
+            rows = kernel @ v
+            if i % NEWTON_EVERY == 0:
+                t = torch.where(some_a, _newton(rows * most_u, a, s, t), t)
+            u = torch.minimum(a / (rows * t), most_u)
+            columns = kernel.mT @ u
+            if i % NEWTON_EVERY == 0:
+                t = torch.where(some_b, _newton(columns * most_v, b, s, t), t)
+            v = torch.minimum(b / (columns * t), most_v)
+            t = s / (columns.mT @ v)
+        tiny = torch.finfo(u.dtype).tiny
+        f = torch.minimum(f + u.clamp(min=tiny).log(), top_f).masked_fill(~masks[0][..., None], 0)
+        g = torch.minimum(g + v.clamp(min=tiny).log(), top_g).masked_fill(~masks[1][..., None], 0)
+        # The mass is set anew from the potentials themselves, so that no rounding adds up.
+        level = s.log() - (logits + f + g.mT).flatten(1).logsumexp(1)[:, None, None]
+
+    plan = (logits + f + level + g.mT).exp()
+    plan = plan * (s / plan.sum((1, 2), keepdim=True))
+    residual = _unmet(plan.sum(2, keepdim=True), f, a, top_f, masks[0])
+    residual = residual + _unmet(plan.sum(1, keepdim=True).mT, g, b, top_g, masks[1])
+    return plan, residual / total
+
+
+def _some_stays(capacity: Tensor, mask: Tensor, s: Tensor) -> Tensor:
+    """`(batch, 1, 1)`: whether a side keeps some of its mass."""
+    return s < FULL * (capacity * mask[..., None]).sum(1, keepdim=True)
+
+
+def _level(log_sums: Tensor, capacity: Tensor, mask: Tensor, s: Tensor) -> Tensor:
+    """The `level` at which `sum_i min(capacity_i, exp(log_sums_i + level)) = s`, exactly: `(batch, 1, 1)`.
+
+    The sum is the least, over k, of what it is if the k points that fill up first are full, so the level is the
+    largest of those k's levels.
+    """
+    filled_at = (capacity.log() - log_sums).masked_fill(~mask[..., None], torch.inf)
+    order = filled_at.argsort(1)
+    full = (capacity * mask[..., None]).gather(1, order).cumsum(1).roll(1, 1)
+    full[:, 0] = 0
+    free = log_sums.masked_fill(~mask[..., None], FORBIDDEN).gather(1, order).flip(1).logcumsumexp(1).flip(1)
+    levels = (s - full).clamp(min=torch.finfo(s.dtype).tiny).log() - free
+    return levels.masked_fill(free < FORBIDDEN / 2, -torch.inf).amax(1, keepdim=True)
+
+
+def _newton(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """One Newton step from t towards the root of `sum_i min(capacity_i, sums_i t) = s`, a concave function of t."""
+    full = sums * t > capacity
+    rest = s - (capacity * full).sum(1, keepdim=True)
+    free = sums.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+    step = torch.maximum(rest / free, s / sums.sum(1, keepdim=True))
+    bound = 1e12  # of one step: far from the solution, all that is free may have underflown
+    return torch.minimum(torch.maximum(step, t / bound), t * bound)
+
+
+def _unmet(sums: Tensor, potential: Tensor, capacity: Tensor, top: Tensor, mask: Tensor) -> Tensor:
+    """How much an update of a side's potential would change the mass of its points, `(batch,)`."""
+    updated = torch.minimum(capacity, sums * (top - potential).clamp(max=LARGEST_RISE).exp())
+    return ((sums - updated).abs() * mask[..., None]).sum((1, 2))
+
+
+def _solve_exact(cost: Tensor, a: Tensor, b: Tensor, total: Tensor) -> Tensor:
+    """The plan of POT's linear program, sample by sample."""
+    from ot.partial import partial_wasserstein  # POT takes seconds to import
+
+    plans = np.zeros(cost.shape)
+    host = [x.double().cpu().numpy() for x in (cost, a, b, total)]
+    for plan, costs, rows, columns, s in zip(plans, *host, strict=True):
+        points = np.ix_(rows > 0, columns > 0)
+        rows, columns, costs = rows[rows > 0], columns[columns > 0], costs[points]
+        if not s > 0:
+            continue
+        if not np.isfinite(costs).all():
+            plan[:] = np.nan
+            continue
+        # POT takes a multiple of the largest cost for infinity, which fails where costs are 0 or negative. Adding the
+        # same to all leaves the plan as it is.
+        costs = (costs - costs.min()) / (np.ptp(costs) or 1) + 1
+        plan[points] = partial_wasserstein(rows, columns, costs, m=min(s, rows.sum(), columns.sum()))
+    return torch.from_numpy(plans).to(cost)
+
+
+def _capacities(
+    cost: Tensor, marginals: Marginals, frame_mask: Tensor | None, word_mask: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What each frame and each word can carry, 0 in padding, and which can carry anything."""
+    batch, frames, words = cost.shape
+    sides = []
+    for mask, points in ((frame_mask, frames), (word_mask, words)):
+        sides.append(cost.new_ones(batch, points, dtype=torch.bool) if mask is None else mask.bool())
+    counts = [mask.sum(1, keepdim=True).clamp(min=1).to(cost) for mask in sides]
+    if marginals == "unit":
+        counts = [torch.minimum(*counts)] * 2
+    elif not isinstance(marginals, str):
+        for name, given, mask in zip(("frames", "words"), marginals, sides, strict=True):
+            if given.shape != mask.shape:
+                raise ValueError(f"marginals of the {name} have shape {tuple(given.shape)}, not {tuple(mask.shape)}.")
+            if given.device.type == "cpu" and (given < 0).any():
+                raise ValueError(f"marginals of the {name} have negative entries; expected what each may carry.")
+        a, b = (given.detach().to(cost).masked_fill(~mask, 0) for given, mask in zip(marginals, sides, strict=True))
+        return a, b, (a > 0, b > 0)
+    elif marginals != "uniform":
+        raise ValueError(f"marginals={marginals!r}: expected 'unit', 'uniform' or a pair of tensors.")
+    a, b = (mask / count for mask, count in zip(sides, counts, strict=True))
+    return a, b, (sides[0], sides[1])
+
+
+def _check(
+    cost: Tensor,
+    mass: float | Tensor,
+    reg: float,
+    n_iter: int,
+    frame_mask: Tensor | None,
+    word_mask: Tensor | None,
+) -> None:
+    if cost.ndim != 3 or not cost.is_floating_point():
+        raise ValueError(
+            f"cost has shape {tuple(cost.shape)} and dtype {cost.dtype}; expected (batch, frames, words), floats."
+        )
+    for name, mask, shape in (("frame_mask", frame_mask, cost.shape[:2]), ("word_mask", word_mask, cost.shape[::2])):
+        if mask is not None and mask.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}; the cost has {tuple(shape)} of these.")
+    if isinstance(mass, Tensor) and mass.shape not in {(), cost.shape[:1]}:
+        raise ValueError(
+            f"mass has shape {tuple(mass.shape)}; expected a number, or one for each of {len(cost)} samples."
+        )
+    if not isinstance(mass, Tensor):
+        in_range = 0 < mass <= 1
+    else:
+        in_range = mass.device.type != "cpu" or bool(((mass > 0) & (mass <= 1)).all())
+    if not in_range:
+        raise ValueError(f"mass={mass}: expected a share of the mass in (0, 1].")
+    if not reg > 0:
+        raise ValueError(f"reg={reg}: expected a positive number; for the unregularised problem use solver='exact'.")
+    if n_iter < 1:
+        raise ValueError(f"n_iter={n_iter}: expected at least 1.")
