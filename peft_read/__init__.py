@@ -8,7 +8,11 @@ from .registration import add_peft_type, register
 
 add_peft_type("READ")
 
+from .pvla.arguments import PvlaArguments, PvlaSeq2SeqTrainingArguments, PvlaTrainingArguments  # noqa: E402
 from .pvla.loss import PvlaLoss  # noqa: E402
+from .pvla.picture import plot_plan  # noqa: E402
+from .pvla.states import VideoTextStates  # noqa: E402
+from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer  # noqa: E402
 from .pvla.transport import partial_transport  # noqa: E402
 from .read.config import ReadConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
 from .read.model import ReadModel  # noqa: E402
@@ -20,10 +24,18 @@ register(ReadConfig, ReadModel)
 
 __version__ = "0.1.0"
 __all__ = [
+    "PvlaArguments",
     "PvlaLoss",
+    "PvlaMixin",
+    "PvlaSeq2SeqTrainer",
+    "PvlaSeq2SeqTrainingArguments",
+    "PvlaTrainer",
+    "PvlaTrainingArguments",
     "ReadConfig",
     "ReadModel",
+    "VideoTextStates",
     "find_feed_forward_outputs",
     "partial_transport",
+    "plot_plan",
     "recurrent_scan",
 ]

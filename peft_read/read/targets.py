@@ -138,6 +138,11 @@ def is_causal(owner: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in owner.modules())
 
 
+def takes_text(owner: nn.Module | None) -> bool:
+    """Whether text is among a model's inputs."""
+    return "text" in getattr(owner, "input_modalities", "text")
+
+
 def block_index(name: str, layers_pattern: list[str] | str | None = None) -> int | None:
     """Index of the block that a module lies in: the first number in its name, as in PEFT.
 
@@ -264,20 +269,16 @@ def _in_default_towers(model: nn.Module, root: str, names: list[str]) -> list[st
     together = all(_within(name, paths.get(sides[0], "")) for name in names)
     if owner.config.is_encoder_decoder:
         sides.append(owner.get_encoder())
-    elif not (_takes_text(owner) and (together or is_causal(sides[0]) or _reads_features(owner))):
+    elif not (takes_text(owner) and (together or is_causal(sides[0]) or _reads_features(owner))):
         return names  # only sees or hears, or is a dual encoder
     wanted = []
     for name in names:
         side = next((side for side in sides if side in paths and _within(name, paths[side])), None)
         # What only sees or hears, inside of what reads, is a tower of its own.
-        reads = _takes_text(side) and getattr(side, "main_input_name", "") == "input_ids"
-        if side is not None and (_takes_text(owner_of(model, name)) or not reads):
+        reads = takes_text(side) and getattr(side, "main_input_name", "") == "input_ids"
+        if side is not None and (takes_text(owner_of(model, name)) or not reads):
             wanted.append(name)
     return wanted
-
-
-def _takes_text(owner: nn.Module | None) -> bool:
-    return "text" in getattr(owner, "input_modalities", "text")
 
 
 def _reads_features(owner: nn.Module) -> bool:

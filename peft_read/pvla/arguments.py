@@ -1,0 +1,88 @@
+"""Options of the Trainers that align video and language, as fields of their training arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .loss import PvlaLoss
+
+
+@dataclass
+class PvlaArguments:
+    """The options of PVLA; inherit from this and from a class of training arguments, in this order.
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    pvla_weight: float = field(
+        default=0.05, metadata={"help": "Weight of the alignment loss beside the task's; 0 leaves it out."}
+    )
+    pvla_gradient_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a weight: size of the alignment's gradient on the adapters as a share of the task's, "
+            "such as 0.05. The weight that makes it so is measured anew every 10 steps."
+        },
+    )
+    pvla_mass: float = field(default=0.5, metadata={"help": "Share of frames and words that is matched, in (0, 1]."})
+    pvla_reg: float = field(default=0.05, metadata={"help": "Weight of the entropy in the transport problem."})
+    pvla_iterations: int = field(default=50, metadata={"help": "Iterations of the transport solver."})
+    pvla_cost: Literal["cosine", "sqeuclidean"] = field(
+        default="cosine", metadata={"help": "Distance between the states of a frame and a word."}
+    )
+    pvla_marginals: Literal["unit", "uniform"] = field(
+        default="unit",
+        metadata={"help": "'unit': words and frames are matched one to one; 'uniform': by their shares of the whole."},
+    )
+    pvla_states: Literal["auto", "last_block", "all_blocks", "bottleneck", "towers"] = field(
+        default="auto",
+        metadata={
+            "help": "Which states are aligned: video and text tokens in the last block that READ adapts, in all of "
+            "them, or in the last adapter's low-dimensional space; or those of a dual encoder's two towers. 'auto': "
+            "the towers where there are two, else the last block."
+        },
+    )
+    pvla_health_steps: int = field(
+        default=100, metadata={"help": "Steps between two measurements of the alignment's health; 0: never."}
+    )
+    pvla_plot_plans: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw the transport plan of an example at each evaluation: a PNG in output_dir, and loggers."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.pvla_weight >= 0:
+            raise ValueError(f"pvla_weight={self.pvla_weight}: expected 0 or a positive number.")
+        if self.pvla_gradient_share is not None and not self.pvla_gradient_share > 0:
+            raise ValueError(f"pvla_gradient_share={self.pvla_gradient_share}: expected a positive share, or none.")
+        if self.pvla_health_steps < 0:
+            raise ValueError(f"pvla_health_steps={self.pvla_health_steps}: expected 0 or a number of steps.")
+        self.pvla_loss()  # raises where an option of the loss is out of its range
+        inherited = getattr(super(), "__post_init__", None)
+        if inherited is not None:
+            inherited()
+
+    @property
+    def uses_pvla(self) -> bool:
+        """Whether there is an alignment loss at all."""
+        return self.pvla_weight > 0 or self.pvla_gradient_share is not None
+
+    def pvla_loss(self) -> PvlaLoss:
+        """The loss that these options describe."""
+        return PvlaLoss(self.pvla_mass, self.pvla_reg, self.pvla_iterations, self.pvla_cost, self.pvla_marginals)
+
+
+@dataclass
+class PvlaTrainingArguments(PvlaArguments, TrainingArguments):
+    """transformers' `TrainingArguments` with the options of PVLA."""
+
+
+@dataclass
+class PvlaSeq2SeqTrainingArguments(PvlaArguments, Seq2SeqTrainingArguments):
+    """transformers' `Seq2SeqTrainingArguments` with the options of PVLA."""
