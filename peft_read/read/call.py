@@ -192,8 +192,9 @@ class ForwardCall:
             return
         known = RecurrentStates.of(cache)
         if known is not None and isinstance(self.past, Tensor):
-            for name in self.recurrences & known.histories.keys():
-                known.histories[name].length = 0  # until it is written below
+            for name, history in known.histories.items():
+                if name in self.recurrences:
+                    history.length = 0  # until it is written below
         states = {name: compute() for name, compute in self.states.items()}
         self.recurrences.update(states)
         if not states:

@@ -2,11 +2,14 @@
 
 import copy
 import functools
+import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 from .inputs import PLACEHOLDER, START
@@ -22,6 +25,29 @@ SOUND = "only the text is padded: the base model's convolutions look over the en
 
 
 @dataclass(frozen=True)
+class Fault:
+    """What old releases of transformers get wrong in a base model, READ or not.
+
+    The checks that it breaks mend it first, to see READ's part.
+
+    Attributes:
+        fixed_in: the first release without it.
+        what: what the model does before.
+        check: one that the base model itself fails then, a key of `checks.CHECKS`.
+        mend: changes such a model, in place, to do what it does in newer releases.
+    """
+
+    fixed_in: str
+    what: str
+    check: str
+    mend: Callable[[Any], None]
+
+    @property
+    def is_here(self) -> bool:
+        return Version(transformers.__version__) < Version(self.fixed_in)
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -34,6 +60,7 @@ class Family:
             or one `"forward"` over what was generated.
         changes: what the tiny configuration has other than `shrink` makes it, by dotted path.
         reason: why a side is missing in `paddings`, or a check is left out.
+        fault: what is wrong with the base model in old releases of transformers.
     """
 
     model: str
@@ -43,6 +70,7 @@ class Family:
     generates: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    fault: Fault | None = None
 
     @property
     def model_class(self) -> type[transformers.PreTrainedModel]:
@@ -91,6 +119,25 @@ def image_text(model: str, inputs: str = "image_text", targets: int = 2, **optio
     return Family(model, inputs, targets, **{"paddings": BOTH, "generates": "generate", "changes": changes} | options)
 
 
+def _mend_umt5(model: Any) -> None:
+    for block in model.decoder.block:
+        block.layer[0].SelfAttention.is_causal = True
+
+
+def _mend_paligemma(model: Any) -> None:
+    def update(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        updated = type(self)._update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs)
+        updated["token_type_ids"][:, -1] = 1  # what follows the prompt; the released method repeats its last type
+        return updated
+
+    model._update_model_kwargs_for_generation = types.MethodType(update, model)
+
+
+UMT5 = Fault("5.18", "the decoder sees later tokens where nothing is padded", "padding", _mend_umt5)
+PALIGEMMA = Fault(
+    "5.18", "without a cache, what was generated sees later tokens, as a prompt does", "generation", _mend_paligemma
+)
+
 # Three axes of rotary positions, which share a head.
 MROPE = {
     "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
@@ -125,7 +172,7 @@ FAMILIES: dict[str, Family] = {
     "pegasus": seq2seq("PegasusForConditionalGeneration"),
     "marian": seq2seq("MarianMTModel"),
     "blenderbot": seq2seq("BlenderbotForConditionalGeneration"),
-    "umt5": seq2seq("UMT5ForConditionalGeneration", paddings=BOTH),
+    "umt5": seq2seq("UMT5ForConditionalGeneration", paddings=BOTH, fault=UMT5),
     "longt5": seq2seq("LongT5ForConditionalGeneration", paddings=BOTH),
     "switch_transformers": seq2seq("SwitchTransformersForConditionalGeneration", paddings=BOTH),
     "m2m_100": seq2seq("M2M100ForConditionalGeneration", paddings=BOTH),
@@ -231,7 +278,7 @@ FAMILIES: dict[str, Family] = {
     "internvl": image_text("InternVLForConditionalGeneration", changes={"vision_config.patch_size": [8, 8]}),
     "smolvlm": image_text("SmolVLMForConditionalGeneration", "images_text", changes={"vision_config.patch_size": 8}),
     "idefics3": image_text("Idefics3ForConditionalGeneration", "images_text", changes={"vision_config.patch_size": 8}),
-    "paligemma": image_text("PaliGemmaForConditionalGeneration", "typed_image_text"),
+    "paligemma": image_text("PaliGemmaForConditionalGeneration", "typed_image_text", fault=PALIGEMMA),
     "gemma3": image_text("Gemma3ForConditionalGeneration", "typed_image_text", changes={"mm_tokens_per_image": 4}),
 }
 
@@ -245,6 +292,14 @@ def _prototype(family: str) -> nn.Module:
     return known.model_class(config).eval().requires_grad_(False)
 
 
-def base_model(family: str) -> Any:
-    """A fresh copy of the family's tiny model, frozen, in eval mode, always with the same weights."""
-    return copy.deepcopy(_prototype(family))
+def base_model(family: str, *, mended: bool = False) -> Any:
+    """A fresh copy of the family's tiny model, frozen, in eval mode, always with the same weights.
+
+    Args:
+        family: its name.
+        mended: without the family's fault, which an old release of transformers has.
+    """
+    model, fault = copy.deepcopy(_prototype(family)), FAMILIES[family].fault
+    if mended and fault is not None and fault.is_here:
+        fault.mend(model)
+    return model
