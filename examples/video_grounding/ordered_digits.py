@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, ResNetConfig, ResNetModel, ViTImageProcessorPil
 
 from .annotations import ANNOTATIONS
-from .features import Collator, FrameEncoder
+from .features import Collator, FrameEncoder, tokenize
 from .modeling import GroundingConfig, GroundingModel
 from .training import train
 
@@ -167,12 +167,12 @@ def make_base(folder: Path) -> None:
         for story, video in zip(stories, features, strict=True):
             digit = int(rng.choice(story.digits))
             labels = torch.from_numpy(story.digit_of_clip == digit).float()
-            query = tokenizer(f"the {WORDS[digit]}")["input_ids"]
-            examples.append({"input_ids": query, "frame_features": video, "labels": labels})
+            query = tokenize(tokenizer, f"the {WORDS[digit]}")
+            examples.append({**query, "frame_features": video, "labels": labels})
         train(
             model,
             examples,
-            Collator(tokenizer.pad_token_id, 0.5, examples),
+            Collator(tokenizer, 0.5, examples),
             steps=300,
             learning_rate=2e-4,
             learning_rates={"frame_projection": 1e-3, "saliency_head": 1e-3},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .arguments import PvlaArguments, PvlaTrainingArguments
 from .health import alignment_health, gradient_norms
 from .loss import PvlaDetails
-from .picture import ExamplePlan, first_example, log_plan
+from .picture import ExamplePlan, example_plan, log_plan
 from .states import TOKEN_MASKS, StateFunction, VideoTextStates, state_source
 
 
@@ -139,7 +139,8 @@ class PvlaMixin(TrainerLike):
         elif not model.training:
             self._evaluated = torch.stack([task.detach().float(), alignment.detach()])
             if self.args.pvla_plot_plans and self._plan is None:
-                self._plan = first_example(details, states, batch, self.processing_class)
+                first = int(details.valid.float().argmax())
+                self._plan = example_plan(first, details, states, batch, self.processing_class)
         loss = task + (self._weight or 0.0) * divisor * alignment.to(task.dtype)
         return (loss, outputs) if return_outputs else loss
 
@@ -208,6 +209,26 @@ class PvlaMixin(TrainerLike):
             logs.update({f"pvla_{name}": value.item() for name, value in self._health.items()})
             self._parts, self._health = [], {}
         super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def transport_plans(self, dataset: Dataset) -> list[ExamplePlan]:
+        """The plans by which the model, as it is now, aligns a data set's samples; of several devices, each its own.
+
+        Raises:
+            ValueError: if the Trainer was made without PVLA.
+        """
+        if self._source is None:
+            raise ValueError("There are no transport plans without PVLA: set `pvla_weight` or `pvla_gradient_share`.")
+        model = cast(nn.Module, self.model).eval()
+        plans = []
+        for loaded in self.get_eval_dataloader(dataset):
+            inputs, masks = _without_token_masks(self._on_device(loaded))
+            with self._source.recording(), self.compute_loss_context_manager():
+                states = self._source.states(model, inputs | masks, model(**inputs))
+                details = self._pvla.details(*states)
+            samples = range(len(details.valid) // self._source.blocks)
+            plans += [example_plan(i, details, states, inputs | masks, self.processing_class) for i in samples]
+        return plans
 
     def prediction_step(
         self,
