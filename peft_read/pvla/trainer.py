@@ -65,7 +65,7 @@ class PvlaMixin(TrainerLike):
         self._weight: float | None = None if self.args.pvla_gradient_share else self.args.pvla_weight
         self._weighed_at = self._checked_at = -1
         self._logged_step = 0
-        self._parts: list[Tensor] = []
+        self._parts: Tensor | None = None
         self._health: dict[str, Tensor] = {}
         self._evaluated: Tensor | None = None
         self._plan: ExamplePlan | None = None
@@ -194,20 +194,21 @@ class PvlaMixin(TrainerLike):
         return [p for n, p in trained.items() if ".read_" in n] or list(trained.values())
 
     def _remember(self, task: Tensor, alignment: Tensor) -> None:
-        if not self._parts:
-            self._logged_step = self.state.global_step
-        self._parts.append(torch.stack([task.detach().float(), alignment.detach().float()]))
+        parts = torch.stack([task.detach().float(), alignment.detach().float()])
+        if self._parts is None:
+            self._logged_step, self._parts = self.state.global_step, parts
+        else:
+            self._parts = self._parts + parts
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the two parts of the training loss, and the alignment's health, beside what the Trainer logs."""
-        if "loss" in logs and self._parts:
+        if "loss" in logs and self._parts is not None:
             steps = max(self.state.global_step - self._logged_step, 1)
-            parts = self.accelerator.reduce(torch.stack(self._parts).sum(0), reduction="mean") / steps
-            logs["task_loss"], logs["pvla_loss"] = parts.tolist()
+            logs["task_loss"], logs["pvla_loss"] = (self.accelerator.reduce(self._parts, "mean") / steps).tolist()
             if self.args.pvla_gradient_share is not None:
                 logs["pvla_weight"] = self._weight or 0.0
             logs.update({f"pvla_{name}": value.item() for name, value in self._health.items()})
-            self._parts, self._health = [], {}
+            self._parts, self._health = None, {}
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
