@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmarks.target_census import ATTENTION
+from benchmarks.target_census import last_in_blocks
 from helpers import adapter_parameters, strengthen
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Conv1D
 
 from peft_read import ReadConfig, find_feed_forward_outputs
 
@@ -21,8 +20,6 @@ from .inputs import Row, collate, samples, with_positions
 
 STATES = ("last_hidden_state", "logits", "encoder_last_hidden_state")
 TOWERS = ("text_model_output", "vision_model_output", "mit_output")
-# What follows the feed-forward part in a block: here what takes it from its own width to the residual stream's.
-AFTERWARDS = {"mobilebert": "output.bottleneck.dense"}
 NEW_TOKENS = 5
 PADDING_TOLERANCE, CACHE_TOLERANCE = 1e-4, 1e-5
 
@@ -70,7 +67,7 @@ def check_targets(family: str) -> None:
     targets = get_peft_model(base_model(family), config()).targeted_module_names
     assert len(targets) == FAMILIES[family].targets, sorted(targets)
     assert not [name for name in targets if "attention" in name or "attn" in name], sorted(targets)
-    last = _last_linears(model, find_feed_forward_outputs(model), batch, AFTERWARDS.get(family))
+    last = last_in_blocks(model, find_feed_forward_outputs(model), batch)
     assert set(targets) <= set(last), sorted(set(targets) - set(last))
     assert not (others := {name: end for name, end in last.items() if name != end}), others
 
@@ -184,24 +181,6 @@ def applicable() -> Iterator[tuple[str, str]]:
     """All families, each with the checks that apply to it."""
     for family, known in FAMILIES.items():
         yield from ((family, check) for check, (_, applies) in CHECKS.items() if applies(known))
-
-
-@torch.no_grad()
-def _last_linears(model: nn.Module, targets: list[str], batch: Row, but: str | None) -> dict[str, str]:
-    """By target, what ran last in its block: the target or a linear layer outside of attention, `but` for one."""
-    modules, last = dict(model.named_modules()), dict[str, str]()
-    attention = {part for m in modules.values() if ATTENTION.search(type(m).__name__) for part in m.modules()}
-    for target in targets:
-        block = target
-        # The smallest module around the target that holds attention, too.
-        while isinstance(modules[block], nn.ModuleList) or attention.isdisjoint(modules[block].modules()):
-            block = block.rpartition(".")[0]
-        for name, module in modules[block].named_modules(prefix=block):
-            linear = isinstance(module, (nn.Linear, Conv1D)) and module not in attention
-            if name == target or (linear and not (but and name.endswith(but))):
-                module.register_forward_hook(lambda *_, key=target, name=name: last.update({key: name}))
-    model(**batch)
-    return last
 
 
 def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
