@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import ot
+import tokenizers
 import torch
 from helpers import strengthen
 from models import HEADS, IMAGE, LAYERS, PATCH, VOCAB, WIDE, WIDTH, bart_config, bert_config, clip_config, llama_config
@@ -17,14 +18,17 @@ from transformers import (
     BertForSequenceClassification,
     CLIPModel,
     CLIPVisionConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SiglipConfig,
     SiglipModel,
     XCLIPConfig,
     XCLIPModel,
+    default_data_collator,
 )
 
 from peft_read import (
@@ -175,6 +179,15 @@ def marked(rows=SAMPLES, embedded=True, videos=True):
         }
         example |= {"inputs_embeds": random(TIME, WIDTH, seed=row)} if embedded else {"input_ids": words(row)}
         data.append(example)
+    return data
+
+
+def spoken(rows=SAMPLES):
+    """For a causal language model: video, text and padding; another number of labels in each row."""
+    data = []
+    for row, example in enumerate(marked(rows, embedded=False, videos="some")):
+        said = example["attention_mask"] * (1 - example["video_token_mask"]) * places((row // 3, TIME))
+        data.append(example | {"labels": torch.where(said == 1, example["input_ids"], -100)})
     return data
 
 
@@ -427,6 +440,11 @@ CASES = {
 }
 
 
+LLAMA = "base_model.model.model.layers.1"
+# Of which the loss is divided by the labels of all batches that are accumulated, on all devices.
+CAUSAL = Case(lambda: build(LlamaForCausalLM, llama_config()), spoken, of_masks(LLAMA), (LLAMA,))
+
+
 def collate(case, examples):
     if case.collator is not None:
         return case.collator(examples)
@@ -481,16 +499,17 @@ def step_by_hand(case, model, examples, weight):
     return task.detach(), aligned.detach(), alignment_by_pot(pairs), after
 
 
-def trainer_of(case, model, folder, train=None, evaluate=None, batch=SAMPLES, cls=None, **options):
+def trainer_of(case, model, folder, train=None, evaluate=None, batch=SAMPLES, processing_class=None, **options):
     """The case's Trainer: plain gradient descent, every step logged, as many steps as batches."""
     arguments_cls = PvlaSeq2SeqTrainingArguments if case.seq2seq else PvlaTrainingArguments
     trainer_cls = PvlaSeq2SeqTrainer if case.seq2seq else PvlaTrainer
-    return (cls or trainer_cls)(
+    return trainer_cls(
         model,
         arguments_cls(**(arguments(folder, batch) | case.options | options)),
-        data_collator=case.collator,
+        data_collator=case.collator or default_data_collator,
         train_dataset=case.data() if train is None else train,
         eval_dataset=case.data() if evaluate is None else evaluate,
+        processing_class=processing_class,
         **case.arguments,
     )
 
@@ -516,6 +535,13 @@ def arguments(folder, batch=SAMPLES):
         "pvla_iterations": ITERATIONS,
         "pvla_health_steps": 0,
     }
+
+
+def tokenizer():
+    """Words named after their numbers."""
+    vocabulary = {f"w{number}": number for number in range(VOCAB)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w2"))
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="w0", eos_token="w1", unk_token="w2")
 
 
 def steps_logged(trainer):

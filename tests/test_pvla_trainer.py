@@ -6,12 +6,11 @@ import pickle
 from dataclasses import dataclass, replace
 
 import pytest
-import tokenizers
 import torch
 from alignment import (
     CASES,
+    CAUSAL,
     SAMPLES,
-    TIME,
     Case,
     adapt,
     alignment,
@@ -23,17 +22,19 @@ from alignment import (
     forward,
     generated,
     marked,
-    of_masks,
+    pictured,
     places,
+    spoken,
     step_by_hand,
     steps_logged,
+    tokenizer,
     trainer_of,
     weights,
     words,
 )
 from datasets import Dataset, IterableDataset
 from helpers import EXACT, adapter_parameters, strengthen
-from models import VOCAB, bert_config, classifier, llama_config, t5_config
+from models import bert_config, classifier, llama_config, t5_config
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import (
@@ -42,10 +43,10 @@ from transformers import (
     HfArgumentParser,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 from peft_read import (
@@ -60,16 +61,6 @@ from peft_read import (
 
 
 TEXT = CASES["text encoder"]
-LLAMA = "base_model.model.model.layers.1"
-
-
-def spoken(rows=SAMPLES):
-    """For a causal language model: video, text and padding; another number of labels in each row."""
-    data = []
-    for row, example in enumerate(marked(rows, embedded=False, videos="some")):
-        said = example["attention_mask"] * (1 - example["video_token_mask"]) * places((row // 3, TIME))
-        data.append(example | {"labels": torch.where(said == 1, example["input_ids"], -100)})
-    return data
 
 
 def tagged(rows=SAMPLES):
@@ -83,7 +74,7 @@ def named(rows=SAMPLES):
 HEADS = {
     "classifier": TEXT,
     "mean of tokens": Case(lambda: build(BertForTokenClassification, bert_config(num_labels=3)), tagged, None),
-    "causal": Case(lambda: build(LlamaForCausalLM, llama_config()), spoken, None),
+    "causal": CAUSAL,
     "causal, classifier": Case(lambda: build(LlamaForSequenceClassification, llama_config(num_labels=3)), named, None),
     "bart": Case(bart, generated, None, seq2seq=True),
     "t5": Case(lambda: build(T5ForConditionalGeneration, t5_config()), generated, None, seq2seq=True),
@@ -569,8 +560,9 @@ def ragged(examples):
     return {name: nn.utils.rnn.pad_sequence(row, True, padding.get(name, 0)) for name, row in rows.items()}
 
 
+@pytest.mark.parametrize("name", ["llama", "llava"])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_trl(tmp_path):
+def test_trl(name, tmp_path):
     """The mixin makes TRL's Trainer one with PVLA: the same losses as ours, its own metrics beside them."""
     trl = pytest.importorskip("trl")
 
@@ -581,23 +573,22 @@ def test_trl(tmp_path):
     class PvlaSFTTrainer(PvlaMixin, trl.SFTTrainer):
         pass
 
-    data = [{name: value[: int(row["attention_mask"].sum())] for name, value in row.items()} for row in spoken()]
-    data = [{name: value.tolist() for name, value in row.items()} for row in data]
-    task, aligned, _, after = step_by_hand(
-        Case(HEADS["causal"].model, None, of_masks(LLAMA), (LLAMA,), collator=ragged),
-        HEADS["causal"].model(),
-        data,
-        0.7,
-    )
-    options = {"pvla_weight": 0.7, "bf16": False, "gradient_checkpointing": False}
-    options |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": True, "eos_token": None}
-    args = Arguments(**arguments(tmp_path), **options)
+    case, rows = CASES["image placeholders"], pictured()
+    if name == "llama":
+        case = replace(CAUSAL, collator=ragged)
+        rows = [{k: v[: int(row["attention_mask"].sum())] for k, v in row.items()} for row in spoken()]
+    data = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows])
+    model = case.model()
+    task, aligned, _, after = step_by_hand(case, model, list(data), 0.7)
+    options = {"pvla_weight": 0.7, "bf16": False, "gradient_checkpointing": False, "eos_token": None}
+    options |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": name == "llama"}
+    # Of a text model only the columns that TRL knows are kept, and the marks.
     trainer = PvlaSFTTrainer(
-        HEADS["causal"].model(),
-        args,
-        data_collator=ragged,
-        train_dataset=Dataset.from_list(data),
-        eval_dataset=Dataset.from_list(data),
+        model,
+        Arguments(**arguments(tmp_path), **options),
+        data_collator=case.collator or default_data_collator,
+        train_dataset=data,
+        eval_dataset=data,
         processing_class=tokenizer(),
     )
     trainer.train()
@@ -606,14 +597,7 @@ def test_trl(tmp_path):
     assert log["pvla_loss"] == pytest.approx(float(aligned), abs=1e-5)
     assert log["loss"] == pytest.approx(float(task + 0.7 * aligned), abs=1e-5)
     assert "mean_token_accuracy" in log
-    for name, value in weights(trainer.model).items():
-        torch.testing.assert_close(value, after[name], rtol=1e-3, atol=1e-6)
+    for parameter, value in weights(model).items():
+        torch.testing.assert_close(value, after[parameter], rtol=1e-3, atol=1e-6)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_task_loss"] + 0.7 * metrics["eval_pvla_loss"], abs=1e-5)
-
-
-def tokenizer():
-    """Words named after their numbers."""
-    vocabulary = {f"w{number}": number for number in range(VOCAB)}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w2"))
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="w0", eos_token="w1", unk_token="w2")

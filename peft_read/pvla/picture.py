@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 # Inches; images that PNG and loggers can still take.
-LARGEST_SIDE = 60
+LARGEST_SIDE = 30
 
 
 class ExamplePlan(NamedTuple):
@@ -53,7 +53,8 @@ def plot_plan(plan: Tensor, words: Sequence[str] | None = None, path: str | Path
     width, height = (min(0.28 * size, LARGEST_SIDE) for size in (frames, columns))
     figure = Figure(figsize=(2 + width, 1.2 + height), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(plan.detach().float().cpu().T, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    mass = plan.detach().float().cpu().numpy()
+    image = axes.imshow(mass.T, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axes.set(xlabel="frame", ylabel="word")
     if words is not None:
         axes.set_yticks(range(columns), labels=words)
