@@ -35,7 +35,9 @@ from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.report import draw_saliency
 from video_grounding.training import Examples, grounding_metrics, predict, train
 
-import peft_read  # noqa: F401  (registers READ)
+from peft_read import PvlaTrainer
+from peft_read.pvla.picture import ExamplePlan
+from peft_read.pvla.states import BLOCK_SOURCES
 
 
 RESULTS = "results.json"
@@ -62,7 +64,7 @@ def main() -> None:
     encode = FrameEncoder(args.frame_encoder)
     wanted = ["test"] if args.evaluate else SPLITS
     examples = {split: make_examples(annotations[split], encode, tokenizer, args.clip_seconds) for split in wanted}
-    collator = Collator(tokenizer.pad_token_id or 0)
+    collator = Collator(tokenizer)
     feature_size = examples["test"][0]["frame_features"].shape[-1]
 
     if args.evaluate:
@@ -70,10 +72,15 @@ def main() -> None:
         print(json.dumps(grounding_metrics(predict(model, examples["test"], collator), examples["test"])))
         return
 
-    saliency, results = {}, {}
+    saliency, results, plans = {}, {}, []
     for method in dict.fromkeys((args.method, "head")):
         model = adapt(load_base(args.model, feature_size), method, args.method_config, args.seed)
-        seconds = fit(args, model, method, examples["train"], collator.pad_token_id)
+        start = time.perf_counter()
+        trainer = fit(args, model, method, Collator(tokenizer, FEATURE_NOISE, examples["train"]), examples["train"])
+        seconds = time.perf_counter() - start
+        if trainer.args.uses_pvla:
+            trainer.data_collator = collator
+            plans = trainer.transport_plans(examples["test"][:4])
         saliency[method] = predict(model, examples["test"], collator)
         results[method] = {
             "trainable weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -86,7 +93,7 @@ def main() -> None:
             model.save_pretrained(args.output / "adapter")
 
     print_table(results)
-    draw(args, annotations["test"][:4], examples["test"][:4], saliency)
+    draw(args, annotations["test"][:4], examples["test"][:4], saliency, plans)
     if args.method != "head":
         check_saved_adapter(args, results[args.method]["test"])
 
@@ -102,6 +109,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method-config", type=json.loads, help="fields of the method's config, as JSON")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: 3e-3, for the head alone 1e-2)")
+    parser.add_argument("--pvla-weight", type=float, default=0.0, help="weight of the alignment loss (default: 0)")
+    parser.add_argument("--pvla-gradient-share", type=float, help="instead: its gradient, as a share of the task's")
+    parser.add_argument("--pvla-states", default="last_block", choices=BLOCK_SOURCES, help="which states it aligns")
     parser.add_argument("--seed", type=int, default=0, help="seed of initialisation and order")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_video"), help="folder for the results")
     parser.add_argument(
@@ -111,6 +121,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.model is None) != (args.frame_encoder is None):
         parser.error("--model and --frame-encoder go together: the default of one doesn't fit another of the other")
+    if (args.pvla_weight or args.pvla_gradient_share) and args.method != "read":
+        parser.error("--pvla-weight and --pvla-gradient-share align the blocks that --method read adapts")
     if args.clip_seconds <= 0 or args.steps <= 0:
         parser.error("--clip-seconds and --steps must be positive")
     return args
@@ -164,20 +176,22 @@ def make_config(method: str, fields: dict[str, Any] | None, trained: list[str]) 
         raise SystemExit(f"--method-config doesn't fit --method {method}: {error}") from error
 
 
-def fit(args: argparse.Namespace, model: torch.nn.Module, method: str, examples: Examples, pad_token_id: int) -> float:
-    """Train, and return the seconds that it took."""
-    start = time.perf_counter()
-    train(
+def fit(
+    args: argparse.Namespace, model: torch.nn.Module, method: str, collator: Collator, examples: Examples
+) -> PvlaTrainer:
+    """Train, with PVLA where that is asked for and there is an adapter."""
+    names = ("pvla_weight", "pvla_gradient_share", "pvla_states")
+    return train(
         model,
         examples,
-        Collator(pad_token_id, FEATURE_NOISE, examples),
+        collator,
         steps=args.steps,
         learning_rate=args.learning_rate or (HEAD_ALONE_LEARNING_RATE if method == "head" else LEARNING_RATE),
         seed=args.seed,
         output_dir=str(args.output),
         description=method,
+        pvla=None if method == "head" else {name: getattr(args, name) for name in names},
     )
-    return time.perf_counter() - start
 
 
 def check_output(folder: Path) -> None:
@@ -195,12 +209,18 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         print(f"{method:10} {weights:8,} {result['training seconds']:8} {test['mAP']:9.1f} {test['hit@1']:6.1f}")
 
 
-def draw(args: argparse.Namespace, shown: list[Annotation], examples: Examples, saliency: dict[str, Any]) -> None:
+def draw(
+    args: argparse.Namespace,
+    shown: list[Annotation],
+    examples: Examples,
+    saliency: dict[str, Any],
+    plans: list[ExamplePlan],
+) -> None:
     """Draw a few test videos with what each method makes of them."""
     path = args.output / "saliency.png"
     videos = [decode_clips(annotation.video, args.clip_seconds) for annotation in shown]
     labels = [example["labels"].numpy() for example in examples]
-    draw_saliency(path, videos, [annotation.query for annotation in shown], labels, saliency, args.clip_seconds)
+    draw_saliency(path, videos, [annotation.query for annotation in shown], labels, saliency, args.clip_seconds, plans)
     print(f"\nFrames, true moments and saliency of {len(shown)} test videos: {path}")
 
 

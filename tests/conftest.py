@@ -2,9 +2,13 @@
 
 import os
 
+import torch
+
 
 # No test may depend on a network: what looks for a file on the Hub is told at once that there is none.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# There is a test process for each core, and models here are too small for more than one thread.
+torch.set_num_threads(1)
 
 
 def pytest_configure(config):

@@ -15,7 +15,7 @@ from video_grounding import ordered_digits
 from video_grounding.annotations import Annotation, decode_clips, read_annotations
 from video_grounding.features import Collator
 from video_grounding.modeling import GroundingConfig, GroundingModel
-from video_grounding.training import grounding_metrics
+from video_grounding.training import INPUTS, grounding_metrics
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "finetune_video.py"
@@ -139,24 +139,54 @@ def tiny_text_config():
     return BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
 
-def test_padding_never_changes_a_saliency():
-    """Queries and videos of different lengths in one batch rate as they do alone."""
-    torch.manual_seed(0)
-    model = GroundingModel(GroundingConfig(tiny_text_config(), feature_size=4, sep_token_id=3)).eval()
-    examples = [
+def grounding_examples():
+    """Queries of [CLS], words and [SEP], and videos, of different lengths."""
+    return [
         {
-            "input_ids": list(range(5, 5 + words)),
+            "input_ids": [2, *range(5, 5 + words), 3],
+            "word_mask": [0] + [1] * words + [0],
             "frame_features": torch.randn(frames, 4),
             "labels": torch.ones(frames),
         }
         for words, frames in ((2, 6), (5, 3), (1, 1))
     ]
-    collate = Collator(pad_token_id=0)
-    together = model(**collate(examples))
+
+
+def forward(model, batch):
+    return model(**{name: batch[name] for name in INPUTS})
+
+
+def test_padding_never_changes_a_saliency(tiny_tokenizer):
+    """Queries and videos of different lengths in one batch rate as they do alone."""
+    torch.manual_seed(0)
+    model = GroundingModel(GroundingConfig(tiny_text_config(), feature_size=4, sep_token_id=3)).eval()
+    examples = grounding_examples()
+    collate = Collator(tiny_tokenizer)
+    together = forward(model, collate(examples))
     for row, example in enumerate(examples):
-        alone = model(**collate([example]))
+        alone = forward(model, collate([example]))
         frames = len(example["labels"])
         assert torch.allclose(together.logits[row, :frames], alone.logits[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("separator", [None, 3])
+def test_the_token_masks_are_those_of_the_model_s_sequence(tiny_tokenizer, separator):
+    """What the text transformer is given at the masked positions is the projected frames, and the query's words."""
+    model = GroundingModel(GroundingConfig(tiny_text_config(), feature_size=4, sep_token_id=separator)).eval()
+    if separator is None:
+        tiny_tokenizer.sep_token = None
+    given = {}
+    model.text_model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    examples = grounding_examples()
+    batch = Collator(tiny_tokenizer)(examples)
+    forward(model, batch)
+    embed = model.text_model.get_input_embeddings()
+    for row, example in enumerate(examples):
+        inputs = given["inputs_embeds"][row]
+        words = torch.tensor(example["input_ids"][1:-1])
+        assert torch.equal(inputs[batch["text_token_mask"][row]], embed(words))
+        frames = model.frame_projection(example["frame_features"])
+        assert torch.allclose(inputs[batch["video_token_mask"][row]], frames, atol=1e-6)
 
 
 def test_metrics_by_hand():
@@ -168,15 +198,20 @@ def test_metrics_by_hand():
     assert metrics["hit@1"] == 50
 
 
-@pytest.fixture(scope="module")
-def tiny_models(tmp_path_factory):
+@pytest.fixture
+def tiny_tokenizer(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "five"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    return BertTokenizer(str(tmp_path / "vocab.txt"))
+
+
+@pytest.fixture
+def tiny_models(tmp_path, tiny_tokenizer):
     """A text transformer and a vision model in folders, as a user has them."""
-    folder = tmp_path_factory.mktemp("models")
+    folder = tmp_path / "models"
     torch.manual_seed(0)
     BertModel(tiny_text_config()).save_pretrained(folder / "text")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "five"]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "text")
+    tiny_tokenizer.save_pretrained(folder / "text")
     vision = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16
     )
@@ -191,13 +226,15 @@ def run(*arguments, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, env=environment, **kwargs)
 
 
-@pytest.mark.parametrize("method", ["read", "lora"])
-def test_a_users_own_data_and_models(tmp_path, tiny_models, method):
+@pytest.mark.parametrize(
+    ("method", "options"), [("read", ["--pvla-weight", 0.1, "--pvla-states", "all_blocks"]), ("lora", [])]
+)
+def test_a_users_own_data_and_models(tmp_path, tiny_models, method, options):
     """Data folder in, metrics, picture and adapter out; the script itself checks the adapter in a new process."""
     data = write_data(tmp_path / "data")
     models = ["--model", tiny_models / "text", "--frame-encoder", tiny_models / "vision"]
     output = tmp_path / "out"
-    done = run("--data", data, *models, "--output", output, "--steps", 2, "--method", method)
+    done = run("--data", data, *models, "--output", output, "--steps", 2, "--method", method, *options)
     assert done.returncode == 0, done.stderr
     assert "Loaded again in a new process: test mAP" in done.stdout
     assert (output / "saliency.png").stat().st_size > 5000
@@ -223,6 +260,7 @@ def test_a_wrong_method_is_refused_at_once(tmp_path):
     for arguments, message in (
         (["--method", "loar"], "--method loar is no PEFT method"),
         (["--method-config", '{"cell": "mamba"}'], "`cell` must be one of"),
+        (["--method", "lora", "--pvla-weight", "0.1"], "align the blocks that --method read adapts"),
     ):
         done = run(*arguments, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
         assert done.returncode != 0

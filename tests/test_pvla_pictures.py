@@ -143,3 +143,17 @@ def test_pictures_without_anything_to_show(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "pvla_plans").iterdir()] == ["step-0.png"]
     trainer.evaluate([example | {"video_token_mask": places()} for example in marked()])
     assert len(drawn.plans) == 1
+
+
+@pytest.mark.parametrize("name", ["text encoder", "all blocks", "image placeholders"])
+def test_plans_of_a_data_set(name, tmp_path):
+    """One for each sample, as found sample by sample, with the names of its words; none without PVLA."""
+    case = CASES[name]
+    data = case.data()[:5] if name == "image placeholders" else marked(5, embedded=False)
+    trainer = trainer_of(case, case.model().eval(), tmp_path, data, batch=2, processing_class=tokenizer())
+    plans = trainer.transport_plans(data)
+    for found_plan, (expected, _) in zip(plans, found(case, data)[1][:5], strict=True):
+        torch.testing.assert_close(found_plan.plan, expected, rtol=1e-3, atol=1e-5)
+        assert len(found_plan.words) == expected.shape[1]
+    with pytest.raises(ValueError, match="pvla_weight"):
+        trainer_of(case, case.model(), tmp_path, data, pvla_weight=0.0).transport_plans(data)

@@ -2,17 +2,24 @@
 
     python examples/benchmarks/target_census.py            # every model type
     python examples/benchmarks/target_census.py t5 llava   # some, with what was found
+    python examples/benchmarks/target_census.py --run      # with a forward, where nothing was measured
 
 Builds each type from its default config on the meta device, where weights take neither time nor memory: the base model
-and the language model. A type is right if all of these are. Where `tests/read_targets.json` has targets for a type,
-and for the towers in it, these have to be found; most were measured, those with the source "code" were read from it.
-Elsewhere the blocks are looked up by a simple rule of the census's own (`blocks_of`), and each has to hold exactly one
-target, of the block's width, and none may lie outside: that shows slips, but not a mistake that both rules make.
+and the language model, or where a type has neither, what it has for other tasks. A type is right if all of these are,
+as far as they can be built. It is judged by the strongest evidence that there is:
+
+- measured: the targets in `tests/read_targets.json`, of the type and of the towers in it, have to be found.
+- read from code: the same, but these targets, the entries with the source "code", weren't measured, or not all.
+- own rule: elsewhere the blocks are looked up by a simple rule of the census's own (`blocks_of`), and each has to hold
+  exactly one target, of the block's width, and none may lie outside: that shows slips, but not a mistake that both
+  rules make. With `--run` each target has to be what runs last in its block, too, of the linear layers outside of
+  attention: where simple inputs are enough for a forward of the first class. That takes some minutes more.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import resource
@@ -22,38 +29,51 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_read import find_feed_forward_outputs
-from peft_read.read.targets import owner_of
+from peft_read.read.targets import default_targets, owner_of
 
 
 MEASURED = Path(__file__).parents[2] / "tests" / "read_targets.json"
 # The base model, and what people fine-tune most.
 AUTO_CLASSES = ("", "FOR_CAUSAL_LM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_MULTIMODAL_LM", "FOR_SPEECH_SEQ_2_SEQ")
 AUTO_CLASSES += ("FOR_IMAGE_TEXT_TO_TEXT", "FOR_TEXT_TO_WAVEFORM", "FOR_PRETRAINING")
-SECONDS, GIGABYTES = 60, 16
+AUTO_CLASSES = tuple("_".join(part for part in ("MODEL", name, "MAPPING") if part) for name in AUTO_CLASSES)
+OTHER_CLASSES = tuple(name for name in dir(modeling_auto) if re.fullmatch("MODEL_FOR_.*_MAPPING", name))
+MEASUREMENT, CODE, OWN_RULE = JUDGES = ("measured", "read from code", "own rule")
+NO_BLOCKS, NOT_BUILT, NO_CLASS = "no transformer blocks", "can't be built here", "no model class of their own"
+SECONDS, SECONDS_OF_FORWARD, GIGABYTES = 60, 15, 16
 ATTENTION = re.compile(
     "(Attention|Attn|MLA|Mamba|DeltaNet|xLSTMLayer|ShortConv|RecurrentBlock)(?!.*(MLP|DecoderLayer)$)"
 )
 # What talks, and codecs, which READ leaves alone inside other models.
 LEFT_OUT = re.compile(r"(.*\.)?(codec_model|depth_decoder|t2u_model|talker|token2wav)\..*")
+# What runs in a block after its feed-forward part: RWKV's gate, embeddings of each layer's own, what takes
+# MobileBERT's part to the width of its residual stream, and Zamba's shared block to a Mamba layer.
+AFTERWARDS = re.compile(
+    r".*\.(feed_forward\.receptance|ple_block\.\w+|output\.bottleneck\.dense)|(.*\.)?layers\.\d+\.linear"
+)
 EXPERTS = re.compile("Experts$|MoE$|MoeBlock$")
 
 
 def classes_of(model_type: str) -> list[type[PreTrainedModel]]:
-    """The model classes of a type, base model first."""
+    """The model classes of a type, base model first; those for other tasks only where it has no such class."""
+    return _classes_in(AUTO_CLASSES, model_type) or _classes_in(OTHER_CLASSES, model_type)
+
+
+def _classes_in(mappings: tuple[str, ...], model_type: str) -> list[type[PreTrainedModel]]:
     config_class, classes = CONFIG_MAPPING[model_type], []
-    for name in AUTO_CLASSES:
-        mapping = getattr(modeling_auto, "_".join(part for part in ("MODEL", name, "MAPPING") if part))
+    for name in mappings:
         try:
-            found = mapping.get(config_class, ())
+            found = getattr(modeling_auto, name).get(config_class, ())
         except ValueError:  # listed by transformers, but not there
             continue
         classes += found if isinstance(found, (tuple, list)) else [found]
@@ -77,7 +97,7 @@ def build(model_class: type[PreTrainedModel], model_type: str, **options: object
         signal.alarm(0)
 
 
-def measured_targets(model: PreTrainedModel, model_type: str, measured: dict[str, dict[str, list[str]]]) -> list[str]:
+def measured_targets(model: PreTrainedModel, model_type: str, measured: dict[str, dict[str, Any]]) -> list[str]:
     """The names in a model that the measured patterns say, empty if its type wasn't measured."""
     if model_type not in measured:
         return []
@@ -143,55 +163,134 @@ def faults_of(model: PreTrainedModel, found: list[str]) -> Iterator[str]:
             yield f"{target} is in no block"
 
 
+def inputs_of(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What models of many kinds take, to be tried in turn."""
+    taken = inspect.signature(model.forward).parameters
+    configs = (model.config, getattr(model.config, "vision_config", None))
+    size = next((size for config in configs if (size := getattr(config, "image_size", None))), 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    ids, image = torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 3, height, width)
+    kinds = {
+        "input_ids": [ids],
+        "pixel_values": [image, image[:, None].expand(1, 2, 3, height, width)],
+        "pixel_values_videos": [image[:, None].expand(1, 8, 3, height, width)],
+        "input_values": [torch.zeros(1, 16000)],
+        "input_features": [torch.zeros(1, 80, 3000), torch.zeros(1, 200, 80)],
+    }
+    for name in filter(taken.__contains__, kinds):
+        for value in kinds[name]:
+            given = {name: value.bfloat16() if value.is_floating_point() else value}
+            yield given
+            yield from (given | {text: ids} for text in ("decoder_input_ids", "input_ids") if text in taken)
+
+
+@torch.no_grad()
+def last_in_blocks(model: nn.Module, targets: list[str], inputs: dict[str, Tensor]) -> dict[str, str]:
+    """By target, what ran last in its block, the target or a linear layer outside of attention; if its block ran."""
+    last, hooks = dict[str, str](), []
+    attention = {part for m in model.modules() if ATTENTION.search(type(m).__name__) for part in m.modules()}
+    for block in blocks_of(model):
+        for target in (name for name in targets if name.startswith(f"{block}.")):
+            for name, module in model.get_submodule(block).named_modules(prefix=block):
+                linear = hasattr(module, "in_features") or isinstance(module, transformers.Conv1D)
+                if name == target or (linear and module not in attention and not AFTERWARDS.fullmatch(name)):
+                    hook = module.register_forward_hook(lambda *_, key=target, name=name: last.update({key: name}))
+                    hooks.append(hook)
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return last
+
+
+def run(model: PreTrainedModel, found: list[str]) -> dict[str, str] | None:
+    """What ran last in the block of each target, on the meta device; None if no inputs get to the default targets."""
+    model = model.eval().to(torch.bfloat16)  # in which alone experts run on that device
+    needed = set(default_targets(model))
+    with torch.device("meta"):
+        for inputs in inputs_of(model):
+            signal.alarm(SECONDS_OF_FORWARD)
+            try:
+                last = last_in_blocks(model, found, inputs)
+            except Exception:  # other inputs are needed, or values, which this device hasn't
+                continue
+            finally:
+                signal.alarm(0)
+            if needed <= set(last):
+                return last
+    return None
+
+
 def outline(names: list[str]) -> str:
     """Names with their numbers left out, and how many there are of each."""
     counts = Counter(re.sub(r"\b\d+\b", "N", name) for name in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
-def judge(model_type: str, measured: dict[str, dict[str, list[str]]], verbose: bool = False) -> tuple[bool, list[str]]:
-    """Whether models of a type have blocks, and what is wrong with the targets found in them."""
+def judge(model_type: str, measured: dict[str, dict[str, Any]], verbose: bool = False) -> tuple[str, list[str]]:
+    """By what a type is judged, or why it isn't, and what is wrong with the targets found in its models."""
+    classes = classes_of(model_type)
+    models = [model for model_class in classes if (model := build(model_class, model_type))]
     has_blocks, faults = False, []
-    for model_class in classes_of(model_type):
-        model = build(model_class, model_type)
-        if model is None:
-            continue
+    for model in models:
         found, expected = find_feed_forward_outputs(model), measured_targets(model, model_type, measured)
         has_blocks |= bool(found or expected or blocks_of(model))
+        kind = type(model).__name__
         if verbose:
-            print(f"{model_class.__name__}: {outline(found)}")
+            print(f"{kind}: {outline(found)}")
         if model_type in measured:
             missing, extra = (sorted(set(a) - set(b)) for a, b in ((expected, found), (found, expected)))
-            faults += [f"{model_class.__name__}: missing {outline(missing)}"] if missing else []
-            faults += [f"{model_class.__name__}: not a target {outline(extra)}"] if extra else []
+            faults += [f"{kind}: missing {outline(missing)}"] if missing else []
+            faults += [f"{kind}: not a target {outline(extra)}"] if extra else []
         else:
             counts = Counter(re.sub(r"\b\d+\b", "N", fault) for fault in faults_of(model, found))
-            faults += [f"{model_class.__name__}: {fault} ({count} times)" for fault, count in counts.items()]
-    return has_blocks, faults
+            faults += [f"{kind}: {fault} ({count} times)" for fault, count in counts.items()]
+    if not has_blocks:
+        return NO_BLOCKS if models else NOT_BUILT if classes else NO_CLASS, faults
+    if model_type not in measured:
+        return OWN_RULE, faults
+    return CODE if measured[model_type].get("source") == "code" else MEASUREMENT, faults
+
+
+def judge_forward(model_type: str) -> tuple[bool, list[str]]:
+    """Whether the first model of a type that can be built ran, and what ran after a target in its block."""
+    model = next(filter(None, (build(model_class, model_type) for model_class in classes_of(model_type))))
+    last = run(model, find_feed_forward_outputs(model))
+    others = {name: end for name, end in (last or {}).items() if name != end}
+    return bool(last), [f"{type(model).__name__}: {end} runs after {name}" for name, end in others.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all of them by default")
+    parser.add_argument("--run", action="store_true", help="check in a forward, too, what nothing was measured of")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     resource.setrlimit(resource.RLIMIT_DATA, (GIGABYTES << 30, GIGABYTES << 30))
     measured = json.loads(MEASURED.read_text())
-    right, wrong, unmeasured = [], {}, 0
+    right, types, wrong, ran = Counter[str](), dict[str, list[str]](), 0, 0
     for model_type in args.types or sorted(CONFIG_MAPPING):
-        has_blocks, faults = judge(model_type, measured, verbose=bool(args.types))
+        judged_by, faults = judge(model_type, measured, verbose=bool(args.types))
+        if args.run and judged_by == OWN_RULE:
+            ran_this, contradictions = judge_forward(model_type)
+            ran, faults = ran + ran_this, faults + contradictions
+        types.setdefault(judged_by, []).append(model_type)
+        right[judged_by] += not faults
         if faults:
-            wrong[model_type] = faults
-        elif has_blocks:
-            right.append(model_type)
-        unmeasured += has_blocks and model_type not in measured
-    total = len(right) + len(wrong)
-    for model_type, faults in wrong.items():
-        print(f"wrong: {model_type}", *faults, sep="\n    ")
-    print(f"transformers {transformers.__version__}: {total} model types with transformer blocks,", end=" ")
-    print(f"{total - unmeasured} of them measured; {len(right)} right, {len(wrong)} wrong:", end=" ")
-    print(f"{100 * len(right) / max(total, 1):.1f} % right")
+            wrong += 1
+            print(f"wrong: {model_type}", *faults, sep="\n    ")
+    judged = sum(len(types.get(name, [])) for name in JUDGES)
+    print(f"transformers {transformers.__version__}: {sum(map(len, types.values()))} model types")
+    print(f"with transformer blocks: {judged}, of which right {judged - wrong} ({1 - wrong / max(judged, 1):.1%})")
+    for name in JUDGES:
+        print(f"    {name}: right {right[name]} of {len(types.get(name, []))}")
+    if args.run:
+        print(f"        of which ran, the targets last in their blocks or else wrong: {ran}")
+    print(f"{NO_BLOCKS}: {len(types.get(NO_BLOCKS, []))}")
+    print(f"{NO_CLASS}, most of them parts of others: {len(types.get(NO_CLASS, []))}")
+    print(f"{NOT_BUILT}, not judged: {len(types.get(NOT_BUILT, []))}", *types.get(NOT_BUILT, []), sep="\n    ")
     sys.exit(bool(wrong) and bool(args.types))
 
 

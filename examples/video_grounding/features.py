@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -59,7 +60,7 @@ def make_examples(
     """Decode and encode every video once, and pair it with its queries.
 
     Returns:
-        One dict per annotation: `input_ids`, `frame_features (frames, size)` and `labels (frames,)`.
+        One dict per annotation: what `tokenize` gives, `frame_features (frames, size)` and `labels (frames,)`.
     """
     videos = dict.fromkeys(annotation.video for annotation in annotations)
     features = {
@@ -67,7 +68,7 @@ def make_examples(
     }
     return [
         {
-            "input_ids": tokenizer(annotation.query)["input_ids"],
+            **tokenize(tokenizer, annotation.query),
             "frame_features": features[annotation.video],
             "labels": torch.from_numpy(annotation.labels(len(features[annotation.video]), clip_seconds)),
         }
@@ -75,28 +76,46 @@ def make_examples(
     ]
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, query: str) -> dict[str, list[int]]:
+    """`input_ids` of a query, and `word_mask`: 1 for its words, 0 for special tokens."""
+    encoded = tokenizer(query, return_special_tokens_mask=True)
+    return {"input_ids": encoded["input_ids"], "word_mask": [1 - s for s in encoded["special_tokens_mask"]]}
+
+
 class Collator:
     """Pads examples into a batch.
 
     Args:
-        pad_token_id: token that pads queries.
+        tokenizer: of the queries.
         noise: Gaussian noise on the frames' features, as augmentation: its standard deviation relative to theirs.
         examples: what that is relative to.
     """
 
-    def __init__(self, pad_token_id: int, noise: float = 0.0, examples: Sequence[dict[str, Any]] = ()) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, noise: float = 0.0, examples: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self.tokenizer = tokenizer
         self.noise = noise * torch.cat([e["frame_features"] for e in examples]).std(0) if noise else torch.zeros(())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Tensors `(batch, longest, ...)`; labels of padding are -100."""
+        """Tensors `(batch, longest, ...)`; labels of padding are -100.
+
+        `video_token_mask` and `text_token_mask` say what is what in the sequence that `GroundingModel` makes of it.
+        """
         tokens = [torch.tensor(example["input_ids"]) for example in examples]
         frames = [example["frame_features"] for example in examples]
         features = pad_sequence(frames, batch_first=True)
+        words = pad_sequence([torch.tensor(example["word_mask"]) for example in examples], batch_first=True)
+        length = words.shape[1] + features.shape[1] + (self.tokenizer.sep_token_id is not None)
+        first = torch.tensor([[len(t)] for t in tokens])
+        after = first + torch.tensor([[len(f)] for f in frames])
+        positions = torch.arange(length)
         return {
-            "input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.pad_token_id),
+            "input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0),
             "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
             "frame_features": features + self.noise * torch.randn_like(features),
             "frame_mask": pad_sequence([torch.ones(len(f), dtype=torch.bool) for f in frames], batch_first=True),
             "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=-100.0),
+            "video_token_mask": (positions >= first) & (positions < after),
+            "text_token_mask": F.pad(words, (0, length - words.shape[1])).bool(),
         }

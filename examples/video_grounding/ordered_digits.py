@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, ResNetConfig, ResNetModel, ViTImageProcessorPil
 
 from .annotations import ANNOTATIONS
-from .features import Collator, FrameEncoder
+from .features import Collator, FrameEncoder, tokenize
 from .modeling import GroundingConfig, GroundingModel
 from .training import train
 
@@ -103,8 +103,11 @@ def render(rng: np.random.Generator, story: Story, images: Digits, frames_per_cl
     return np.repeat(pixels[..., None], 3, axis=-1)
 
 
-def make_dataset(folder: Path) -> None:
-    """Write 100 training, 100 validation and 200 test videos as mp4, with annotations, unless they exist."""
+def make_dataset(folder: Path, plain: bool = False) -> None:
+    """Write 100 training, 100 validation and 200 test videos as mp4, with annotations, unless they exist.
+
+    The queries ask for the second of a digit's events; plain ones, about the same videos, for all of them.
+    """
     if folder.exists():
         return
     images = digit_images()
@@ -119,11 +122,13 @@ def make_dataset(folder: Path) -> None:
                 story, digit = _story_with_three_of_a_kind(rng)
                 name = f"videos/{split}_{number:03d}.mp4"
                 _write_video(draft / name, render(rng, story, images[pool], FRAMES_PER_CLIP))
-                second = [event for event, d in enumerate(story.digits) if d == digit][1]
-                clips = np.flatnonzero(story.event_of_clip == second)
-                window = [float(clips[0] * CLIP_SECONDS), float((clips[-1] + 1) * CLIP_SECONDS)]
-                query = f"the second {WORDS[digit]}"
-                lines.append({"video": name, "query": query, "relevant_windows": [window], "split": split})
+                events = [event for event, d in enumerate(story.digits) if d == digit]
+                windows = []
+                for event in events if plain else events[1:2]:
+                    clips = np.flatnonzero(story.event_of_clip == event)
+                    windows.append([float(clips[0] * CLIP_SECONDS), float((clips[-1] + 1) * CLIP_SECONDS)])
+                query = f"the {WORDS[digit]}" if plain else f"the second {WORDS[digit]}"
+                lines.append({"video": name, "query": query, "relevant_windows": windows, "split": split})
         (draft / ANNOTATIONS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
@@ -148,7 +153,10 @@ def _write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """Make the frame encoder and the base model once, and save them below `folder`, unless they exist."""
+    """Make the frame encoder and two base models once, and save them below `folder`, unless they exist.
+
+    `untuned` is the text encoder as it comes, with a projection of the frames; `model` is tuned on plain queries.
+    """
     if folder.exists():
         return
     torch.manual_seed(0)
@@ -163,16 +171,18 @@ def make_base(folder: Path) -> None:
         features = torch.stack([encode(video) for video in tqdm(frames, desc="encode source clips", leave=False)])
         tokenizer = AutoTokenizer.from_pretrained(text_encoder_path())
         model = _untuned_base(features, torch.from_numpy(classes), tokenizer)
+        model.save_pretrained(draft / "untuned")
+        tokenizer.save_pretrained(draft / "untuned")
         examples = []
         for story, video in zip(stories, features, strict=True):
             digit = int(rng.choice(story.digits))
             labels = torch.from_numpy(story.digit_of_clip == digit).float()
-            query = tokenizer(f"the {WORDS[digit]}")["input_ids"]
-            examples.append({"input_ids": query, "frame_features": video, "labels": labels})
+            query = tokenize(tokenizer, f"the {WORDS[digit]}")
+            examples.append({**query, "frame_features": video, "labels": labels})
         train(
             model,
             examples,
-            Collator(tokenizer.pad_token_id, 0.5, examples),
+            Collator(tokenizer, 0.5, examples),
             steps=300,
             learning_rate=2e-4,
             learning_rates={"frame_projection": 1e-3, "saliency_head": 1e-3},

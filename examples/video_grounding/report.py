@@ -8,6 +8,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from peft_read.pvla.picture import ExamplePlan
+
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -21,6 +23,7 @@ def draw_saliency(
     labels: Sequence[np.ndarray],
     saliency: dict[str, Sequence[np.ndarray]],
     clip_seconds: float,
+    plans: Sequence[ExamplePlan] = (),
 ) -> None:
     """Draw a few videos below each other.
 
@@ -31,19 +34,24 @@ def draw_saliency(
         labels: 1 for every clip that it means, `(clips,)` a video.
         saliency: by method, the logit of every clip, `(clips,)` a video.
         clip_seconds: length of a clip.
+        plans: what PVLA's transport moves from each clip to each word, if there is such a thing.
     """
+    heights = [1, 1.6, 0.8] if plans else [1, 1.6]
     figure, axes = plt.subplots(
-        2 * len(videos),
+        len(heights) * len(videos),
         1,
-        figsize=(13, 2.6 * len(videos)),
-        height_ratios=[1, 1.6] * len(videos),
+        figsize=(13, sum(heights) * len(videos)),
+        height_ratios=heights * len(videos),
         squeeze=False,
         layout="constrained",
     )
     for row, (frames, query, truth) in enumerate(zip(videos, queries, labels, strict=True)):
-        _draw_frames(axes[2 * row, 0], frames, f"“{query}”", clip_seconds)
+        rows = axes[len(heights) * row :, 0]
+        _draw_frames(rows[0], frames, f"“{query}”", clip_seconds)
         scores = {method: values[row] for method, values in saliency.items()}
-        _draw_scores(axes[2 * row + 1, 0], truth, scores, clip_seconds, legend=row == 0)
+        _draw_scores(rows[1], truth, scores, clip_seconds, legend=row == 0)
+        if plans:
+            _draw_plan(rows[2], plans[row], clip_seconds)
     axes[-1, 0].set_xlabel("seconds")
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -68,3 +76,10 @@ def _draw_scores(
     axis.set(xlim=(0, edges[-1]), ylim=(0, 1.05), ylabel="saliency")
     if legend:
         axis.legend(loc="upper right", ncols=len(scores) + 1)
+
+
+def _draw_plan(axis: Axes, example: ExamplePlan, clip_seconds: float) -> None:
+    clips, words = example.plan.shape
+    extent = (0, clips * clip_seconds, words - 0.5, -0.5)
+    axis.imshow(example.plan.float().cpu().T, extent=extent, aspect="auto", vmin=0, interpolation="nearest")
+    axis.set_yticks(range(words), labels=example.words or [])

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 from torch import nn
-from transformers import Trainer, TrainingArguments
+
+from peft_read import PvlaTrainer, PvlaTrainingArguments
 
 from .features import Collator
 
 
 Examples = list[dict[str, Any]]
+INPUTS = ("input_ids", "attention_mask", "frame_features", "frame_mask")
 
 
 def train(
@@ -28,12 +30,14 @@ def train(
     batch_size: int = 8,
     output_dir: str = "runs",
     description: str = "train",
-) -> None:
+    pvla: dict[str, Any] | None = None,
+) -> PvlaTrainer:
     """Train what is trainable in `model`, in place: AdamW, a tenth of the steps warm-up, then a cosine.
 
     Args:
         learning_rates: rates of modules that differ, by the end of the module's name.
         description: shown with the progress.
+        pvla: options of PVLA; none by default, and the Trainer is transformers' own.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[float, list[nn.Parameter]] = {}
@@ -44,7 +48,7 @@ def train(
     print(
         f"{description}: {sum(p.numel() for _, p in trainable):,} weights, {steps} steps of {batch_size}", flush=True
     )
-    arguments = TrainingArguments(
+    arguments = PvlaTrainingArguments(
         output_dir=output_dir,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
@@ -58,8 +62,18 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
         seed=seed,
+        **({"pvla_weight": 0.0} | (pvla or {})),
     )
-    Trainer(model, arguments, collator, examples, optimizers=(optimizer, None)).train()
+    trainer = PvlaTrainer(
+        model,
+        arguments,
+        collator,
+        examples,
+        processing_class=collator.tokenizer,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    return trainer
 
 
 @torch.inference_mode()
@@ -70,7 +84,7 @@ def predict(model: nn.Module, examples: Examples, collator: Collator, batch_size
     saliency = []
     for start in range(0, len(examples), batch_size):
         batch = collator(examples[start : start + batch_size])
-        logits = model(**{name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}).logits
+        logits = model(**{name: batch[name].to(device) for name in INPUTS}).logits
         saliency += [row[mask].numpy() for row, mask in zip(logits.cpu(), batch["frame_mask"], strict=True)]
     return saliency
 

@@ -64,18 +64,22 @@ def plot_plan(plan: Tensor, words: Sequence[str] | None = None, path: str | Path
     return figure
 
 
-def first_example(
-    details: PvlaDetails, states: VideoTextStates, words: tuple[Tensor, Tensor | None] | None, tokenizer: Any
+def example_plan(
+    sample: int,
+    details: PvlaDetails,
+    states: VideoTextStates,
+    words: tuple[Tensor, Tensor | None] | None,
+    tokenizer: Any,
 ) -> ExamplePlan:
-    """The plan of a batch's first valid sample.
+    """The plan of one of a batch's samples.
 
     Args:
+        sample: its row.
         details: what the loss found.
         states: what it was given.
         words: `input_ids` and which of them are the words, `(batch, time)` each, if that is known.
         tokenizer: a tokenizer, a processor that has one, or nothing that could name words.
     """
-    sample = int(details.valid.float().argmax())
     plan = details.plan[sample].detach()
     for axis, mask in ((0, states.frame_mask), (1, states.word_mask)):
         if mask is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .arguments import PvlaArguments, PvlaTrainingArguments
 from .health import alignment_health, gradient_norms
 from .loss import PvlaDetails
-from .picture import ExamplePlan, first_example, log_plan
+from .picture import ExamplePlan, example_plan, log_plan
 from .states import TOKEN_MASKS, StateFunction, VideoTextStates, state_source
 
 
@@ -86,7 +86,7 @@ class PvlaMixin(TrainerLike):
         self._weight: float | None = None if self.args.pvla_gradient_share else self.args.pvla_weight
         self._weighed_at = self._checked_at = -1
         self._logged_step = 0
-        self._parts: list[Tensor] = []
+        self._parts: Tensor | None = None
         self._health: dict[str, Tensor] = {}
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +147,8 @@ class PvlaMixin(TrainerLike):
         elif not model.training:
             self._evaluated = torch.stack([task.detach().float(), alignment.detach()])
             if self.args.pvla_plot_plans and self._plan is None and details.valid.any():
-                self._plan = first_example(details, states, self._source.words(batch), self.processing_class)
+                first = int(details.valid.float().argmax())
+                self._plan = example_plan(first, details, states, self._source.words(batch), self.processing_class)
         loss = task + (self._weight or 0.0) * divisor * alignment.to(task.dtype)
         return (loss, outputs) if return_outputs else loss
 
@@ -202,21 +203,42 @@ class PvlaMixin(TrainerLike):
         return [p for n, p in trained.items() if ".read_" in n] or list(trained.values())
 
     def _remember(self, task: Tensor, alignment: Tensor) -> None:
-        if not self._parts:
-            self._logged_step = self.state.global_step
-        self._parts.append(torch.stack([task.detach().float(), alignment.detach().float()]))
+        parts = torch.stack([task.detach().float(), alignment.detach().float()])
+        if self._parts is None:
+            self._logged_step, self._parts = self.state.global_step, parts
+        else:
+            self._parts = self._parts + parts
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the two parts of the training loss, and the alignment's health, beside what the Trainer logs."""
-        if "loss" in logs and self._parts:
+        if "loss" in logs and self._parts is not None:
             steps = max(self.state.global_step - self._logged_step, 1)
-            parts = self.accelerator.reduce(torch.stack(self._parts).sum(0), reduction="mean") / steps
-            logs["task_loss"], logs["pvla_loss"] = parts.tolist()
+            logs["task_loss"], logs["pvla_loss"] = (self.accelerator.reduce(self._parts, "mean") / steps).tolist()
             if self.args.pvla_gradient_share is not None and self._weight is not None:
                 logs["pvla_weight"] = self._weight
             logs.update({f"pvla_{name}": value.item() for name, value in self._health.items()})
-            self._parts, self._health = [], {}
+            self._parts, self._health = None, {}
         super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def transport_plans(self, dataset: Dataset) -> list[ExamplePlan]:
+        """The plans by which the model, as it is now, aligns a data set's samples; of several devices, each its own.
+
+        Raises:
+            ValueError: if the Trainer was made without PVLA.
+        """
+        if self._source is None:
+            raise ValueError("There are no transport plans without PVLA: set `pvla_weight` or `pvla_gradient_share`.")
+        model = cast(nn.Module, self.model).eval()
+        plans = []
+        for loaded in self.get_eval_dataloader(dataset):
+            batch = self._on_device(loaded)
+            with self._source.recording(), self.compute_loss_context_manager():
+                states = self._source.states(model, batch, model(**_without_token_masks(batch)[0]))
+                details = self._pvla.details(*states)
+            samples, words = range(len(details.valid) // self._source.blocks), self._source.words(batch)
+            plans += [example_plan(i, details, states, words, self.processing_class) for i in samples]
+        return plans
 
     def prediction_step(
         self,

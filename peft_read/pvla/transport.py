@@ -17,8 +17,8 @@ Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]
 FORBIDDEN = -1e30
 # Iterations between two evaluations of exp(logits + potentials): products of many small steps drift off and overflow.
 ABSORB_EVERY = 10
-# Iterations between two Newton steps for the total mass.
-NEWTON_EVERY = 3
+# Iterations between two in which the total mass is met jointly with either side, not after both.
+SET_MASS_EVERY = 5
 # Bound of what a potential may rise between two absorptions: keeps products of two of its exponentials in float32.
 LARGEST_RISE = 40.0
 # A mass this close to all that a side can carry is all of it, in float32.
@@ -129,12 +129,12 @@ def _solve_entropic(
         v, t = torch.ones_like(g), torch.ones_like(level)
         for i in range(min(ABSORB_EVERY, n_iter - start)):
             rows = kernel @ v
-            if i % NEWTON_EVERY == 0:
-                t = torch.where(some_a, _newton(rows * most_u, a, s, t), t)
+            if i % SET_MASS_EVERY == 0:
+                t = torch.where(some_a, _factor(rows * most_u, a, s, t), t)
             u = torch.minimum(a / (rows * t), most_u)
             columns = kernel.mT @ u
-            if i % NEWTON_EVERY == 0:
-                t = torch.where(some_b, _newton(columns * most_v, b, s, t), t)
+            if i % SET_MASS_EVERY == 0:
+                t = torch.where(some_b, _factor(columns * most_v, b, s, t), t)
             v = torch.minimum(b / (columns * t), most_v)
             t = s / (columns.mT @ v)
         tiny = torch.finfo(u.dtype).tiny
@@ -170,14 +170,19 @@ def _level(log_sums: Tensor, capacity: Tensor, mask: Tensor, s: Tensor) -> Tenso
     return levels.masked_fill(free < FORBIDDEN / 2, -torch.inf).amax(1, keepdim=True)
 
 
-def _newton(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """One Newton step from t towards the root of `sum_i min(capacity_i, sums_i t) = s`, a concave function of t."""
-    full = sums * t > capacity
-    rest = s - (capacity * full).sum(1, keepdim=True)
-    free = sums.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
-    step = torch.maximum(rest / free, s / sums.sum(1, keepdim=True))
-    bound = 1e12  # of one step: far from the solution, all that is free may have underflown
-    return torch.minimum(torch.maximum(step, t / bound), t * bound)
+def _factor(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """The factor at which `sum_i min(capacity_i, sums_i factor) = s`: that of `_level`, for moderate `sums` >= 0.
+
+    Exactly: a step that passes the root lowers the dual value, and may do so time and again.
+    """
+    filled_at = (capacity / sums).masked_fill(sums <= 0, torch.inf)
+    order = filled_at.argsort(1)
+    full = capacity.gather(1, order).cumsum(1).roll(1, 1)
+    full[:, 0] = 0
+    free = sums.gather(1, order).flip(1).cumsum(1).flip(1)
+    factor = ((s - full) / free).masked_fill(free <= 0, 0).amax(1, keepdim=True)
+    bound = 1e12  # against t, the last one: far from the solution, all that is free may have underflown
+    return torch.minimum(torch.maximum(factor, t / bound), t * bound)
 
 
 def _unmet(sums: Tensor, potential: Tensor, capacity: Tensor, top: Tensor, mask: Tensor) -> Tensor:

@@ -37,8 +37,9 @@ class ReadConfig(PeftConfig):
             frames of its video.
         num_frames: frames per video, for `recur_over="frames"` only; has to divide the batch that the tower sees.
         target_modules: names of the modules to adapt: a list of names or name endings, a regular expression that
-            matches whole names, or `"all-linear"`. By default the feed-forward outputs of the model
-            ([`find_feed_forward_outputs`]).
+            matches whole names, or `"all-linear"`. By default those feed-forward outputs
+            ([`find_feed_forward_outputs`] lists all) where video and text run: in generative composites the language
+            tower's, in dual encoders and encoder-decoders those of both sides.
         exclude_modules: names, or a regular expression, of modules not to adapt.
         layers_to_transform: index or indices of the blocks to adapt; all by default.
         layers_pattern: name of the list of blocks to which `layers_to_transform` refers, if it is an unusual one.

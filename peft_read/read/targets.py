@@ -25,8 +25,6 @@ EXCEPTIONS: dict[str, str] = {
     "lxmert": r"(layer|r_layers)\.\d+\.output\.dense|x_layers\.\d+\.(lang|visn)_output\.dense",
     # Audio tokens have another feed-forward part than text.
     "higgs_audio_v2": r"layers\.\d+\.mlp\.down_proj",
-    # The feed-forward parts see two widths side by side.
-    "lightglue": r"transformer_layers\.\d+\.cross_mlp\.fc2",
     # The block's width is only that of its residual stream; the last feed-forward part is narrower.
     "mobilebert": r"encoder\.layer\.\d+\.output\.dense",
     # Attention and feed-forward parts in a list each.
@@ -229,7 +227,9 @@ def _part(block: nn.Module) -> Part:
     sparse = re.sub(r"(\.base_layer)+$", "", ".".join(parts[0] for parts in around))
     if sparse:
         return Part(bool(mixers), sparse, sparse=True)
-    best, output, widened = (False, 0), "", dict[int, int]()
+    # What the mixers take in is as wide as the block, even if its feed-forward part takes in more.
+    inside = (next(filter(None, map(_sizes, mixer.modules())), None) for mixer in mixers)
+    best, output, widened = (False, 0), "", {size[0]: 0 for size in inside if size}
     sizes = {name: size for name, module in modules.items() if (size := _sizes(module))}
     for name, (inner, width) in sizes.items():
         narrows = inner > width and widened.get(width, 0) > width

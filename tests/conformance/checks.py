@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from benchmarks.target_census import last_in_blocks
 from helpers import adapter_parameters, strengthen
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_read import ReadConfig
+from peft_read import ReadConfig, find_feed_forward_outputs
 
 from .families import FAMILIES, Family, base_model
 from .inputs import Row, collate, samples, with_positions
@@ -58,10 +59,17 @@ def result(model: nn.Module, batch: Row) -> dict[str, Tensor]:
 
 
 def check_targets(family: str) -> None:
-    """READ finds the expected number of modules by itself, none of them inside attention."""
+    """READ finds the expected number of modules by itself, none of them inside attention, and they end their blocks.
+
+    The latter holds for those that aren't adapted by default, too, where the inputs reach them.
+    """
+    model, batch = base_model(family), batch_of(family, samples(FAMILIES[family].inputs))
     targets = get_peft_model(base_model(family), config()).targeted_module_names
     assert len(targets) == FAMILIES[family].targets, sorted(targets)
     assert not [name for name in targets if "attention" in name or "attn" in name], sorted(targets)
+    last = last_in_blocks(model, find_feed_forward_outputs(model), batch)
+    assert set(targets) <= set(last), sorted(set(targets) - set(last))
+    assert not (others := {name: end for name, end in last.items() if name != end}), others
 
 
 def check_identity(family: str) -> None:

@@ -1,0 +1,103 @@
+"""How much of a training step of `finetune_video.py` PVLA takes, in each of its forms.
+
+    python examples/benchmarks/pvla_step_time.py
+
+The example's model with random weights and random data, batch 8, 24 frames, queries of 3 words; Trainers with and
+without PVLA take turns. Prints the table of the README: median over the rounds of the ratio to the step without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import BertConfig, logging, set_seed
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from video_grounding.modeling import GroundingConfig, GroundingModel
+
+from peft_read import PvlaTrainer, PvlaTrainingArguments, ReadConfig
+
+
+BATCH, WORDS, FRAMES = 8, 3, 24
+VARIANTS: dict[str, dict[str, Any]] = {
+    "without PVLA": {"pvla_weight": 0.0},
+    "last block": {"pvla_states": "last_block"},
+    "all blocks": {"pvla_states": "all_blocks"},
+    "last block, health every 100 steps": {"pvla_states": "last_block", "pvla_health_steps": 100},
+    "last block, weight by gradient share": {"pvla_states": "last_block", "pvla_gradient_share": 0.05},
+}
+
+
+def main() -> None:
+    """Time all variants in turns and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="rounds")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each variant in a round")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _ in range(args.rounds):
+        for name, options in VARIANTS.items():
+            seconds[name].append(time_steps(options, args.steps))
+    base = seconds["without PVLA"]
+    print(f"One step without PVLA: {1e3 * statistics.median(base) / args.steps:.0f} ms\n")
+    print("| alignment | step time | spread |\n|---|---|---|")
+    for name, values in seconds.items():
+        ratios = sorted(value / other for value, other in zip(values, base, strict=True))
+        print(f"| {name} | {statistics.median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} |")
+
+
+def time_steps(options: dict[str, Any], steps: int) -> float:
+    """CPU seconds of some training steps."""
+    set_seed(0)
+    text = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    model = GroundingModel(GroundingConfig(text, feature_size=64, sep_token_id=3))
+    model = get_peft_model(model, ReadConfig(r=16, cell="gru", modules_to_save=["saliency_head"]))
+    arguments = PvlaTrainingArguments(
+        output_dir="runs/pvla_step_time",
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        **({"pvla_health_steps": 0} | options),
+    )
+    trainer = PvlaTrainer(model, arguments, train_dataset=random_examples())
+    start = time.process_time()
+    trainer.train()
+    return time.process_time() - start
+
+
+def random_examples() -> list[dict[str, torch.Tensor]]:
+    length = WORDS + 2 + FRAMES + 1
+    position = torch.arange(length)
+    return [
+        {
+            "input_ids": torch.randint(5, 1000, (WORDS + 2,)),
+            "attention_mask": torch.ones(WORDS + 2, dtype=torch.long),
+            "frame_features": torch.randn(FRAMES, 64),
+            "frame_mask": torch.ones(FRAMES, dtype=torch.bool),
+            "labels": torch.randint(2, (FRAMES,)).float(),
+            "video_token_mask": (position >= WORDS + 2) & (position < length - 1),
+            "text_token_mask": (position >= 1) & (position <= WORDS),
+        }
+        for _ in range(8 * BATCH)
+    ]
+
+
+if __name__ == "__main__":
+    main()
