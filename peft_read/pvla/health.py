@@ -39,11 +39,22 @@ def alignment_health(
 
 
 def gradient_norms(losses: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
-    """Norm of each loss's gradient on some parameters, `(losses,)`; their graph stays for the backward pass."""
+    """Norm of each loss's gradient on some parameters, `(losses,)`; their graph stays for the backward pass.
+
+    Raises:
+        RuntimeError: if a loss has none.
+    """
     norms = []
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        norms.append(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
+        sizes = [g.float().norm() for g in gradients if g is not None]
+        if not sizes:
+            raise RuntimeError(
+                "The gradient that PVLA measures reaches none of READ's weights. With gradient checkpointing, set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}. Where the states are none of READ's, set a "
+                "pvla_weight in place of pvla_gradient_share, and pvla_health_steps=0."
+            )
+        norms.append(torch.stack(sizes).norm())
     return torch.stack(norms)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,12 +62,7 @@ class PvlaMixin(TrainerLike):
         self._pvla = self.args.pvla_loss()
         self._source = None
         self._token_masks: dict[str, Tensor] = {}
-        self._samples_in_step: Tensor | None = None
-        self._weight: float | None = None if self.args.pvla_gradient_share else self.args.pvla_weight
-        self._weighed_at = self._checked_at = -1
-        self._logged_step = 0
-        self._parts: Tensor | None = None
-        self._health: dict[str, Tensor] = {}
+        self._start_run()
         self._evaluated: Tensor | None = None
         self._plan: ExamplePlan | None = None
         self._eval_parts: list[Tensor] = []
@@ -80,10 +76,22 @@ class PvlaMixin(TrainerLike):
         model = cast(nn.Module, self.model)
         self._source = state_source(model, self.args.pvla_states if pvla_states is None else pvla_states)
         self._check_data()
-        if _loss_is_a_mean(model):
+        if self.label_smoother is None and _loss_is_a_mean(model):
             # transformers takes `**kwargs` in a forward for a loss that divides by `num_items_in_batch`, and would
             # multiply this one by the number of processes and of accumulated batches.
             self.model_accepts_loss_kwargs = False
+
+    def _start_run(self) -> None:
+        self._samples_in_step: Tensor | None = None
+        self._weight: float | None = None if self.args.pvla_gradient_share else self.args.pvla_weight
+        self._weighed_at = self._checked_at = -1
+        self._logged_step = 0
+        self._parts: Tensor | None = None
+        self._health: dict[str, Tensor] = {}
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._start_run()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _check_data(self) -> None:
         """Whether a batch tells video from text, as far as one can be made of the first example."""
@@ -138,9 +146,9 @@ class PvlaMixin(TrainerLike):
             self._remember(task / divisor, alignment)
         elif not model.training:
             self._evaluated = torch.stack([task.detach().float(), alignment.detach()])
-            if self.args.pvla_plot_plans and self._plan is None:
+            if self.args.pvla_plot_plans and self._plan is None and details.valid.any():
                 first = int(details.valid.float().argmax())
-                self._plan = example_plan(first, details, states, batch, self.processing_class)
+                self._plan = example_plan(first, details, states, self._source.words(batch), self.processing_class)
         loss = task + (self._weight or 0.0) * divisor * alignment.to(task.dtype)
         return (loss, outputs) if return_outputs else loss
 
@@ -167,7 +175,7 @@ class PvlaMixin(TrainerLike):
         step, every = self.state.global_step, self.args.pvla_health_steps
         share = self.args.pvla_gradient_share
         check = every > 0 and step % every == 0 and self._checked_at != step
-        if share and self._weight is None and step % WEIGH_EVERY:  # a resumed run
+        if share and self._weight is None:  # a resumed run
             logged = [entry["pvla_weight"] for entry in self.state.log_history if "pvla_weight" in entry]
             self._weight = logged[-1] if logged else None
         weigh = share is not None and self._weighed_at != step and (step % WEIGH_EVERY == 0 or self._weight is None)
@@ -175,17 +183,18 @@ class PvlaMixin(TrainerLike):
             return
         norms = gradient_norms([task, alignment], self._aligned_parameters())
         norms = self.accelerator.reduce(norms, reduction="mean")
-        ratio = norms[1] / norms[0].clamp(min=torch.finfo(norms.dtype).tiny)
         if weigh:
             assert share is not None
-            self._weighed_at = step
-            self._weight = share / max(ratio.item(), 1e-12)
-            # The log travels with checkpoints, so a resumed run goes on with this weight.
-            self.state.log_history.append({"pvla_weight": self._weight, "step": step})
+            weight = share * (norms[0] / norms[1]).item()
+            if math.isfinite(weight):  # else there is nothing to align in this batch, or a loss overflows
+                self._weighed_at, self._weight = step, weight
+                # The log travels with checkpoints, so a resumed run goes on with this weight.
+                self.state.log_history.append({"pvla_weight": weight, "step": step})
         if check:
             assert self._source is not None
             self._checked_at = step
             self._health = alignment_health(self._pvla, states, details, self._source.blocks)
+            ratio = norms[1] / norms[0].clamp(min=torch.finfo(norms.dtype).tiny)
             self._health["gradient_share"] = ratio * (self._weight or 0.0)
 
     def _aligned_parameters(self) -> list[nn.Parameter]:
@@ -205,8 +214,8 @@ class PvlaMixin(TrainerLike):
         if "loss" in logs and self._parts is not None:
             steps = max(self.state.global_step - self._logged_step, 1)
             logs["task_loss"], logs["pvla_loss"] = (self.accelerator.reduce(self._parts, "mean") / steps).tolist()
-            if self.args.pvla_gradient_share is not None:
-                logs["pvla_weight"] = self._weight or 0.0
+            if self.args.pvla_gradient_share is not None and self._weight is not None:
+                logs["pvla_weight"] = self._weight
             logs.update({f"pvla_{name}": value.item() for name, value in self._health.items()})
             self._parts, self._health = None, {}
         super().log(logs, *args, **kwargs)
@@ -223,12 +232,12 @@ class PvlaMixin(TrainerLike):
         model = cast(nn.Module, self.model).eval()
         plans = []
         for loaded in self.get_eval_dataloader(dataset):
-            inputs, masks = _without_token_masks(self._on_device(loaded))
+            batch = self._on_device(loaded)
             with self._source.recording(), self.compute_loss_context_manager():
-                states = self._source.states(model, inputs | masks, model(**inputs))
+                states = self._source.states(model, batch, model(**_without_token_masks(batch)[0]))
                 details = self._pvla.details(*states)
-            samples = range(len(details.valid) // self._source.blocks)
-            plans += [example_plan(i, details, states, inputs | masks, self.processing_class) for i in samples]
+            samples, words = range(len(details.valid) // self._source.blocks), self._source.words(batch)
+            plans += [example_plan(i, details, states, words, self.processing_class) for i in samples]
         return plans
 
     def prediction_step(
@@ -271,6 +280,8 @@ class PvlaMixin(TrainerLike):
             task, alignment = torch.cat(self._eval_parts).mean(0).tolist()
             output.metrics[f"{metric_key_prefix}_task_loss"] = task
             output.metrics[f"{metric_key_prefix}_pvla_loss"] = alignment
+            # Seq2SeqTrainer counts a last batch as if it were a whole one.
+            output.metrics[f"{metric_key_prefix}_loss"] = task + (self._weight or 0.0) * alignment
         if self._plan is not None and self.is_world_process_zero():
             log_plan(self, self._plan)
         return output
