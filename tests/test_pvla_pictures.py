@@ -121,11 +121,11 @@ def test_pictures_of_evaluations(name, tmp_path, monkeypatch):
     options |= {"pvla_plot_plans": True, "pvla_weight": 0.0001, "learning_rate": 0.0}
     trainer = trainer_of(case, case.model(), tmp_path, data, data, processing_class=tokenizer(), **options)
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "pvla_plans").iterdir()) == ["step-1.png", "step-2.png"]
+    assert sorted(path.name for path in (tmp_path / "pvla_plans").iterdir()) == ["eval-step-1.png", "eval-step-2.png"]
     (folder,) = {path.parent for path in (tmp_path / "board").rglob("*events*")}
     board = EventAccumulator(str(folder)).Reload()
-    assert [event.step for event in board.Images("pvla/plan")] == [1, 2]
-    assert board.Images("pvla/plan")[0].width > 200
+    assert [event.step for event in board.Images("pvla/eval_plan")] == [1, 2]
+    assert board.Images("pvla/eval_plan")[0].width > 200
     first = next(row for row in data if row.get("video_token_mask", torch.ones(1)).any())
     plan, labels, _ = drawn.plans[0]
     torch.testing.assert_close(plan, found(case, [first])[1][0][0], rtol=1e-3, atol=1e-5)
@@ -140,7 +140,7 @@ def test_pictures_without_anything_to_show(tmp_path, monkeypatch):
     trainer = trainer_of(TEXT, TEXT.model(), tmp_path, processing_class=tokenizer(), pvla_plot_plans=True)
     trainer.evaluate()
     assert drawn.plans[0][1] is None
-    assert [path.name for path in (tmp_path / "pvla_plans").iterdir()] == ["step-0.png"]
+    assert [path.name for path in (tmp_path / "pvla_plans").iterdir()] == ["eval-step-0.png"]
     trainer.evaluate([example | {"video_token_mask": places()} for example in marked()])
     assert len(drawn.plans) == 1
 

@@ -85,4 +85,4 @@ def test_processes_share_a_weight(processes):
 
 def test_one_process_draws(processes):
     folder = processes[0] / "classifier-2" / "pvla_plans"
-    assert [path.name for path in folder.iterdir()] == ["step-2.png"]
+    assert [path.name for path in folder.iterdir()] == ["eval-step-2.png"]

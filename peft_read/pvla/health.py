@@ -38,22 +38,17 @@ def alignment_health(
     return health
 
 
-def gradient_norms(losses: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
+def gradient_norms(losses: list[Tensor], parameters: list[nn.Parameter]) -> Tensor | None:
     """Norm of each loss's gradient on some parameters, `(losses,)`; their graph stays for the backward pass.
 
-    Raises:
-        RuntimeError: if a loss has none.
+    None if one reaches none of them.
     """
     norms = []
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         sizes = [g.float().norm() for g in gradients if g is not None]
         if not sizes:
-            raise RuntimeError(
-                "The gradient that PVLA measures reaches none of READ's weights. With gradient checkpointing, set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}. Where the states are none of READ's, set a "
-                "pvla_weight in place of pvla_gradient_share, and pvla_health_steps=0."
-            )
+            return None
         norms.append(torch.stack(sizes).norm())
     return torch.stack(norms)
 

@@ -92,12 +92,12 @@ def example_plan(
     return ExamplePlan(plan, tokenizer.convert_ids_to_tokens(named.tolist()))
 
 
-def log_plan(trainer: Trainer, example: ExamplePlan) -> None:
-    """Draw a plan into `output_dir/pvla_plans/step-N.png`, and send it to TensorBoard and W&B where they are used."""
-    step, tag = trainer.state.global_step, "pvla/plan"
+def log_plan(trainer: Trainer, example: ExamplePlan, name: str) -> None:
+    """Draw a plan into `output_dir/pvla_plans/NAME-step-N.png`, and send it to TensorBoard and W&B where used."""
+    step, tag = trainer.state.global_step, f"pvla/{name}_plan"
     folder = Path(str(trainer.args.output_dir)) / "pvla_plans"
     folder.mkdir(parents=True, exist_ok=True)
-    figure = plot_plan(example.plan, example.words, folder / f"step-{step}.png")
+    figure = plot_plan(example.plan, example.words, folder / f"{name}-step-{step}.png")
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_figure(tag, figure, step)

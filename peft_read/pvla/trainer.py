@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -46,8 +47,8 @@ class PvlaMixin(TrainerLike):
 
     Raises:
         TypeError: if the arguments don't have the options of PVLA.
-        ValueError: if model and data don't tell what is video and what is text, or several devices would be used by
-            `nn.DataParallel`.
+        ValueError: if model and data don't tell what is video and what is text, several devices would be used by
+            `nn.DataParallel`, or a gradient share is asked for of sharded weights.
     """
 
     args: PvlaTrainingArguments
@@ -72,6 +73,11 @@ class PvlaMixin(TrainerLike):
             raise ValueError(
                 f"PVLA doesn't work with nn.DataParallel, which the Trainer uses for {self.args.n_gpu} devices in one "
                 "process. Start one process for each device: `torchrun --nproc_per_node ...` or `accelerate launch`."
+            )
+        if self.args.pvla_gradient_share is not None and self._is_sharded():
+            raise ValueError(
+                "pvla_gradient_share can't be measured on weights that FSDP or DeepSpeed shards. Set a pvla_weight "
+                "instead: the one that a run on one device logs as `pvla_weight` is a good start."
             )
         model = cast(nn.Module, self.model)
         self._source = state_source(model, self.args.pvla_states if pvla_states is None else pvla_states)
@@ -181,10 +187,16 @@ class PvlaMixin(TrainerLike):
         weigh = share is not None and self._weighed_at != step and (step % WEIGH_EVERY == 0 or self._weight is None)
         if not (check or weigh):
             return
-        norms = gradient_norms([task, alignment], self._aligned_parameters())
-        norms = self.accelerator.reduce(norms, reduction="mean")
+        norms = None if self._is_sharded() else gradient_norms([task, alignment], self._aligned_parameters())
+        norms = None if norms is None else self.accelerator.reduce(norms, reduction="mean")
         if weigh:
             assert share is not None
+            if norms is None:
+                raise RuntimeError(
+                    "The gradient that pvla_gradient_share compares reaches none of READ's weights. With gradient "
+                    "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}. Where the states are "
+                    "none of READ's, set a pvla_weight instead."
+                )
             weight = share * (norms[0] / norms[1]).item()
             if math.isfinite(weight):  # else there is nothing to align in this batch, or a loss overflows
                 self._weighed_at, self._weight = step, weight
@@ -194,8 +206,12 @@ class PvlaMixin(TrainerLike):
             assert self._source is not None
             self._checked_at = step
             self._health = alignment_health(self._pvla, states, details, self._source.blocks)
-            ratio = norms[1] / norms[0].clamp(min=torch.finfo(norms.dtype).tiny)
-            self._health["gradient_share"] = ratio * (self._weight or 0.0)
+            if norms is not None:
+                self._health["gradient_share"] = (self._weight or 0.0) * norms[1] / norms[0]
+
+    def _is_sharded(self) -> bool:
+        """Whether the graph ends in other tensors than the parameters, whose gradient can't be asked for then."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     def _aligned_parameters(self) -> list[nn.Parameter]:
         """READ's trained weights, else all trained ones."""
@@ -283,7 +299,7 @@ class PvlaMixin(TrainerLike):
             # Seq2SeqTrainer counts a last batch as if it were a whole one.
             output.metrics[f"{metric_key_prefix}_loss"] = task + (self._weight or 0.0) * alignment
         if self._plan is not None and self.is_world_process_zero():
-            log_plan(self, self._plan)
+            log_plan(self, self._plan, metric_key_prefix)
         return output
 
 
