@@ -46,9 +46,7 @@ def make_streams(towers=("vision", "audio", "text"), batch=3, text_mask=None, se
 def plan(streams, masks=None, batch=3, window=WINDOW):
     steps = {tower: stream.timed.shape[1] for tower, stream in streams.items() if stream.timed is not None}
     given = {tower: mask for tower, mask in (masks or {}).items() if tower in steps}
-    return plan_windows(
-        steps, given, batch=batch, window=window, num_audio_windows=AUDIO_WINDOWS, device=CPU
-    )
+    return plan_windows(steps, given, batch=batch, window=window, num_audio_windows=AUDIO_WINDOWS, device=CPU)
 
 
 def make_filter(seed=3):
@@ -105,7 +103,9 @@ def naive_attend(query, keys):
 def naive_short_term(streams, masks, batch, window, importance=None):
     """`{tower: (timed, untimed)}`, one clip, one window and one token after another."""
     out = {
-        tower: [None if x is None else torch.zeros(*x.shape[:-1], R, dtype=torch.float64) for x in (s.timed, s.untimed)]
+        tower: [
+            None if x is None else torch.zeros(*x.shape[:-1], R, dtype=torch.float64) for x in (s.timed, s.untimed)
+        ]
         for tower, s in streams.items()
     }
     for b in range(batch):
@@ -139,7 +139,9 @@ def naive_short_term(streams, masks, batch, window, importance=None):
                     visible = s.untimed_mask is None or bool(s.untimed_mask[b, n])
                     tokens[tower].append(("untimed", n, q, k, v, torch.tensor(0.0), visible))
             for tower in streams:
-                keys = [(k, v, bias) for o in streams if o != tower for *_, k, v, bias, visible in tokens[o] if visible]
+                keys = [
+                    (k, v, bias) for o in streams if o != tower for *_, k, v, bias, visible in tokens[o] if visible
+                ]
                 for kind, where, q, *_ in tokens[tower]:
                     told = naive_attend(q, keys)
                     if kind == "timed":
@@ -245,9 +247,7 @@ def test_every_mask_is_planned_as_the_loops_plan_it(data, window):
         for tower, n in (("vision", data.draw(st.integers(1, 9))), ("audio", data.draw(st.integers(1, 9))))
     }
     steps = {tower: mask.shape[1] for tower, mask in masks.items()}
-    windows = plan_windows(
-        steps, masks, batch=batch, window=window, num_audio_windows=AUDIO_WINDOWS, device=CPU
-    )
+    windows = plan_windows(steps, masks, batch=batch, window=window, num_audio_windows=AUDIO_WINDOWS, device=CPU)
     for b in range(batch):
         expected = steps_in_windows(masks["vision"][b].tolist(), masks["audio"][b].tolist(), window)
         for tower, planned in windows.steps.items():
@@ -287,9 +287,7 @@ def test_importance_to_zero_is_masking(frame):
     windows = plan(streams)
     vision = windows.steps["vision"]
     log_importance = torch.zeros(3, 8, dtype=torch.float64).masked_fill(~gone, -60.0)
-    faded = short_term_interaction(
-        streams, windows, window=WINDOW, num_heads=HEADS, log_importance=log_importance
-    )
+    faded = short_term_interaction(streams, windows, window=WINDOW, num_heads=HEADS, log_importance=log_importance)
     hidden = type(windows)(
         windows.count,
         windows.steps
@@ -376,9 +374,7 @@ def test_missing_for_all_is_masked_for_some(missing):
     some, g = interact(streams, plan(streams, masks), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter)
     without = {tower: stream for tower, stream in streams.items() if tower != missing}
     none, g_none = interact(without, plan(without), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter)
-    full, _ = interact(
-        make_streams(), plan(make_streams()), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter
-    )
+    full, _ = interact(make_streams(), plan(make_streams()), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter)
     for tower in without:
         for name in ("timed", "untimed"):
             got, wanted, other = (getattr(m[tower], name) for m in (some, none, full))
@@ -429,9 +425,7 @@ def test_gradients_in_float64():
     vision = torch.randn(2, 3, 2, 3 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
     audio = torch.randn(2, 4, 1, 3 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
     text = torch.randn(2, 2, 3 * 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    windows = plan_windows(
-        {"vision": 3, "audio": 4}, masks, batch=2, window=2, num_audio_windows=2, device=CPU
-    )
+    windows = plan_windows({"vision": 3, "audio": 4}, masks, batch=2, window=2, num_audio_windows=2, device=CPU)
     torch.manual_seed(0)
     frame_filter = FrameFilter(4, 1).double()
 

@@ -6,13 +6,13 @@ Functions of tensors, which know neither PEFT nor any model.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..precision import without_autocast
 from .scan import GATES, scan
 
 
@@ -163,11 +163,6 @@ def unpack_state(packed: Tensor, cell: Cell) -> State:
         hidden, memory = packed.chunk(2, dim=-1)
         return hidden[None], memory[None]
     return packed[None]
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which operations on `device` keep the dtypes of their arguments."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _kind_of(cell: Cell) -> str:
