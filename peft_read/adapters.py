@@ -73,6 +73,25 @@ class AdapterTuner(BaseTuner):
                 self._refuse_name(name)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """PEFT's selection, without the weights of other methods' layers in the same model."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        others = tuple(
+            f"{name}.{part}.".removeprefix("_fsdp_wrapped_module.")
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, cls.tuner_layer_cls)
+            for part in (*module.adapter_layer_names, *module.other_param_names)
+        )
+        return {key: value for key, value in selected.items() if not key.startswith(others)}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
