@@ -1,4 +1,4 @@
-"""A composite model of one's own, made of tiny towers by the documented helper, and what LSTTA's tests feed it with."""
+"""A composite model of one's own, of tiny towers, made by the documented helper, and what LSTTA's tests feed it."""
 
 import copy
 import inspect
@@ -50,8 +50,7 @@ class Composite(nn.Module):
         if sound is not None:
             name = self.audio_model.main_input_name
             towers["audio"] = TowerBatch.of("audio", self.audio_model, size, self.sound_steps(sound), audio_mask)
-            takes_mask = "attention_mask" in inspect.signature(self.audio_model.forward).parameters
-            mask = {"attention_mask": audio_mask} if takes_mask and audio_mask is not None else {}
+            mask = {"attention_mask": audio_mask} if self.sound_is_masked and audio_mask is not None else {}
             calls["audio"] = lambda: self.audio_model(**{name: sound}, **mask, **options)
         if input_ids is not None:
             towers["text"] = TowerBatch.of("text", self.text_model, size, input_ids.shape[1], attention_mask)
@@ -64,10 +63,17 @@ class Composite(nn.Module):
         ]
         return outputs | {"logits": self.classifier(sum(means))}
 
+    @property
+    def sound_is_masked(self):
+        """Whether the tower takes a mask over its input; that of others is over tokens."""
+        known = inspect.signature(self.audio_model.forward).parameters
+        others = ("audio-spectrogram-transformer", "qwen2_audio_encoder", "whisper")
+        return "attention_mask" in known and self.audio_model.config.model_type not in others
+
     def sound_steps(self, sound):
         """The axis of time of each kind of input: samples, or frames of a spectrogram."""
-        mels = self.audio_model.config.model_type in ("whisper", "qwen2_audio_encoder")
-        return sound.shape[{2: 1, 3: 2 if mels else 1, 4: 2}[sound.ndim]]
+        mels_first = self.audio_model.config.model_type in ("whisper", "qwen2_audio_encoder")
+        return sound.shape[2 if mels_first or sound.ndim == 4 else 1]
 
 
 def composite(families=USUAL, depths=None):

@@ -404,7 +404,7 @@ def test_sound_windows_depend_on_the_valid_length_alone():
 
 
 def test_time_code_tells_frames_of_a_window_apart():
-    """Alike frames under one sound get other messages at other times: the sound knows when, the frames only by code."""
+    """Alike frames are told different things at different times: only the code tells them apart."""
     streams = make_streams(("vision", "audio"))
     same = streams["vision"].timed[:, :1].expand(-1, 8, -1, -1)
     streams["vision"] = Stream(same, None)

@@ -220,7 +220,7 @@ def test_one_modality_is_refused_at_forward():
     """The adapters would have nobody to talk to; without them the model runs."""
     model = adapted()
     inputs = {"pixel_values": INPUTS["pixel_values"]}
-    with pytest.raises(ValueError, match="only vision.*two or three modalities"):
+    with pytest.raises(ValueError, match=r"only vision.*two or three modalities"):
         model(**inputs)
     with model.disable_adapter():
         model(**inputs)
@@ -293,7 +293,7 @@ def test_adapters_of_other_levels_take_turns():
     model.set_adapter("two")
     assert_same(result(model, INPUTS), result(adapted(num_levels=2, window=4), INPUTS))
     model.base_model.set_adapter(["default", "two"])
-    with pytest.raises(ValueError, match="can't act together: at .* the same `num_levels` and `layers`"):
+    with pytest.raises(ValueError, match=r"can't act together: at .* the same `num_levels` and `layers`"):
         model(**INPUTS)
 
 
@@ -327,7 +327,7 @@ def test_merging_is_refused_before_anything_is_touched():
     before = result(model, INPUTS)
     layer = model.get_submodule(blocks_of(model)[0])
     for attempt in (model.merge_and_unload, model.merge_adapter, layer.merge, layer.unmerge):
-        with pytest.raises(NotImplementedError, match="LSTTA can't be merged.*`unload\\(\\)`"):
+        with pytest.raises(NotImplementedError, match=r"LSTTA can't be merged.*`unload\(\)`"):
             attempt()
     assert_same(result(model, INPUTS), before)
 
@@ -395,9 +395,7 @@ def test_saved_keys_and_shapes(saved):
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_load_under_any_name(saved, name, low_cpu_mem_usage):
     """Nothing stays random, whatever the adapter is called now."""
-    model = PeftModel.from_pretrained(
-        composite(), saved, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    model = PeftModel.from_pretrained(composite(), saved, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage)
     assert_same(result(model, INPUTS), result(adapted(), INPUTS))
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -478,7 +476,9 @@ def test_head_is_trained_and_saved(saved):
     edit(saved, lambda t: t["base_model.model.classifier.bias"].fill_(7.0))
     loaded = PeftModel.from_pretrained(composite(), saved)
     torch.testing.assert_close(
-        result(loaded, INPUTS)["logits"], result(adapted(), INPUTS)["logits"] - composite().classifier.bias + 7, **CLOSE
+        result(loaded, INPUTS)["logits"],
+        result(adapted(), INPUTS)["logits"] - composite().classifier.bias + 7,
+        **CLOSE,
     )
 
 
@@ -535,7 +535,7 @@ def test_frame_importance_of_several_adapters():
     model.base_model.set_adapter(["default", "second"])
     model(**INPUTS)
     assert len(model.get_frame_importance()) == 4
-    with pytest.raises(ValueError, match="adapter 'second'.*frame_filter=False"):
+    with pytest.raises(ValueError, match=r"adapter 'second'.*frame_filter=False"):
         model.get_frame_importance("second")
 
 
@@ -551,6 +551,62 @@ def test_windows_matter():
     assert_other(result(adapted(window=1), INPUTS), result(adapted(window=4), INPUTS), TOWERS)
 
 
+def changed_rows(got, wanted):
+    """Rows of the first sample, `(rows, ...)`, that differ."""
+    return {i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if not torch.equal(a, b)}
+
+
+@pytest.mark.parametrize("frame_filter", [False, True])
+def test_who_sees_a_change_of_one_frame(frame_filter):
+    """Short-term: what is in its window, and text. Long-term: everything, through the importance of the frames."""
+    # One level, after the last blocks, since within a tower everything sees everything.
+    model = adapted(num_levels=1, frame_filter=frame_filter)
+    pixels = INPUTS["pixel_values"].clone()
+    pixels[0, 3] += 1
+    got, wanted = result(model, INPUTS | {"pixel_values": pixels}), result(model, INPUTS)
+    steps = wanted["audio"].shape[1]
+    second_half = {step for step in range(steps) if (2 * step + 1) * FRAMES // (2 * steps) >= 2}
+    everything = set(range(steps))
+    assert changed_rows(got["vision"][:FRAMES], wanted["vision"][:FRAMES]) == (set(range(4)) if frame_filter else {3})
+    heard = changed_rows(got["audio"][0], wanted["audio"][0])
+    assert heard == (everything if frame_filter else second_half)
+    assert changed_rows(got["text"][0], wanted["text"][0]) == set(range(9))
+    assert_same({k: v[-1] for k, v in got.items()}, {k: v[-1] for k, v in wanted.items()})
+
+
+def test_prefix_tokens_do_not_carry_masked_sound():
+    """AST's two class tokens have seen the padding: nobody attends to them where there is some."""
+    families = ("vit", "ast", "bert")
+    model, inputs = adapted(families, num_levels=1), batch_of(families)
+    block = model.base_model.model.audio_model.layers[3].base_layer
+
+    def results(strength, mask):
+        def replace(_, __, output):
+            output[:, :2] += strength * torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+            return output
+
+        handle = block.register_forward_hook(replace)
+        got = result(model, inputs | {"audio_mask": mask})
+        handle.remove()
+        return got
+
+    mask = torch.ones(BATCH, inputs["sound"].shape[1], dtype=torch.bool)
+    assert_other(results(5.0, mask), results(0.0, mask), ["vision", "text"])
+    mask[:, -20:] = False
+    assert_same(results(5.0, mask), results(0.0, mask), ["vision", "text"])
+
+
+def watch_layers(model):
+    """What each adapted block gives, by its name, as soon as the model has run; and the hooks to remove."""
+    seen = {}
+
+    def watch(name):
+        return lambda _, __, output: seen.__setitem__(name, output[0] if isinstance(output, tuple) else output)
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LsttaLayer)}
+    return seen, [module.register_forward_hook(watch(name)) for name, module in layers.items()]
+
+
 def test_hidden_states_show_the_adapted_stream():
     """`output_hidden_states` holds what the next block gets, installed before or after the adapter."""
     for base_first in (True, False):
@@ -558,14 +614,7 @@ def test_hidden_states_show_the_adapted_stream():
         if base_first:
             base(**INPUTS, output_hidden_states=True)
         model = adapted(base=base)
-        seen = {}
-        handles = [
-            module.register_forward_hook(
-                lambda _, __, output, name=name: seen.__setitem__(name, output[0] if isinstance(output, tuple) else output)
-            )
-            for name, module in model.named_modules()
-            if isinstance(module, LsttaLayer)
-        ]
+        seen, handles = watch_layers(model)
         outputs = model(**INPUTS, output_hidden_states=True)
         for handle in handles:
             handle.remove()

@@ -38,8 +38,8 @@ class LsttaConfig(PeftConfig):
         dropout: probability with which entries of an adapter's output are dropped in training.
         scaling: factor of an adapter's output.
         modules_to_save: modules, such as a task head, that are trained and saved beside the adapters.
-        init_weights: start as the base model (default); False starts the up-projections at random too, which only tests
-            need.
+        init_weights: start as the base model (default); False starts the up-projections at random too, which only
+            tests need.
 
     Raises:
         ValueError: if a field has a value that it can't have, or two fields contradict each other.
@@ -92,8 +92,8 @@ class LsttaConfig(PeftConfig):
                 raise ValueError(f"`layers` goes by {', '.join(map(repr, MODALITIES))}, got {modality!r}.")
             if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(
-                    f"`layers[{modality!r}]` must be a list of names of blocks, in the order in which they run, such as "
-                    f"['encoder.layers.0', 'encoder.layers.1'], got {names!r}."
+                    f"`layers[{modality!r}]` must be a list of names of blocks, in the order in which they run, such "
+                    f"as ['encoder.layers.0', 'encoder.layers.1'], got {names!r}."
                 )
             if self.num_levels is not None and len(names) < self.num_levels:
                 raise ValueError(

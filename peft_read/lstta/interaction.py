@@ -42,7 +42,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Messages:
-    """What a tower's tokens are told: `timed (batch, steps, tokens, r)`, `untimed (batch, tokens, r)`, as its stream."""
+    """What a tower's tokens are told: `timed (batch, steps, tokens, r)` and `untimed (batch, tokens, r)`."""
 
     timed: Tensor | None
     untimed: Tensor | None
@@ -166,10 +166,10 @@ def short_term_interaction(
 ) -> dict[str, Messages]:
     """Within every window, tokens attend to those of the other towers; all windows at once.
 
-    Queries and keys of timed tokens carry a time code, the same for all towers: an image tower doesn't know which frame
-    it sees. Untimed tokens take part in every window, and are told the mean over the windows, weighted by importance. A
-    frame's log importance is added to the logits of its tokens as keys, and its importance scales what its tokens are
-    told: as it goes to 0, the frame goes away, as if it were masked.
+    Queries and keys of timed tokens carry a time code, the same for all towers: an image tower doesn't know which
+    frame it sees. Untimed tokens take part in every window, and are told the mean over the windows, weighted by
+    importance. A frame's log importance is added to the logits of its tokens as keys, and its importance scales what
+    its tokens are told: as it goes to 0, the frame goes away, as if it were masked.
 
     Args:
         streams: by tower.
@@ -231,7 +231,7 @@ def _in_windows(
 
 
 def _context(tower: str, streams: Mapping[str, Stream], windows: Windows) -> list[Keys]:
-    """What frames may look at in a tower: the means of its time steps, with their positions, and its untimed tokens."""
+    """What frames may look at in a tower: means of its time steps, with their positions, and its untimed tokens."""
     stream, context = streams[tower], []
     if stream.timed is not None:
         steps = windows.steps[tower]
@@ -265,7 +265,7 @@ def _time_code(time: Tensor, like: Tensor, window: int, size: int) -> Tensor:
 
 
 def _sinusoids(x: Tensor, like: Tensor, slow: float, fast: float, size: int) -> Tensor:
-    """Sines and cosines of `x (...)`, `(..., size)`: angular frequencies from `slow` to `fast`, a constant ratio apart."""
+    """Sines and cosines of `x (...)`, `(..., size)`, at angular frequencies from `slow` to `fast`."""
     exponents = torch.linspace(math.log(slow), math.log(fast), size // 2, device=like.device, dtype=like.dtype)
     angles = x.to(like.dtype).unsqueeze(-1) * exponents.exp()
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -81,7 +81,7 @@ class LsttaLayer(AdapterLayer):
         level = self._level_of_this_call(list(adapters))
         if level is None:
             return output
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
                 f"LSTTA at {self.module_name} was made for {self.out_features} features, but this block's output has "
@@ -111,7 +111,7 @@ class LsttaLayer(AdapterLayer):
         return levels.pop()
 
     def _rows_of(self, name: str, adapter_names: list[str], hidden: Tensor) -> Tensor:
-        """1 in the rows of the samples for which an adapter is named, else 0; the frames of a sample follow each other."""
+        """1 in the rows of the samples for which an adapter is named, else 0; a sample's frames follow each other."""
         each, left = divmod(len(hidden), len(adapter_names))
         if left or not each:
             raise ValueError(

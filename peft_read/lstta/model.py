@@ -28,8 +28,8 @@ class _Place(NamedTuple):
 class LsttaModel(AdapterTuner):
     """Adds LSTTA's adapters to a model of several towers (Liu et al., ACM MM 2023, arXiv 2308.14274).
 
-    Usually made by `get_peft_model(model, LsttaConfig(...))`. Everything that the layers need at run time lives on them
-    and on the model, nothing here, so that `inject_adapter_in_model` and transformers' `add_adapter` work as well.
+    Usually made by `get_peft_model(model, LsttaConfig(...))`. Everything that the layers need at run time lives on
+    them and on the model, nothing here, so that `inject_adapter_in_model` and transformers' `add_adapter` work too.
 
     Args:
         model: a `TrimodalModel`, a model that contains one, or a composite of your own that calls its towers through
@@ -63,8 +63,8 @@ class LsttaModel(AdapterTuner):
         exchange = getattr(_find_composite(self.model)[1], MAKE_EXCHANGE)
         if name not in exchange.importance:
             raise ValueError(
-                f"There is no frame importance of the adapter {name!r}: the last forward was made without it or without "
-                "`pixel_values`, or it has `frame_filter=False`."
+                f"There is no frame importance of the adapter {name!r}: the last forward was made without it or "
+                "without `pixel_values`, or it has `frame_filter=False`."
             )
         return tuple(exchange.importance[name])
 
@@ -104,7 +104,8 @@ class LsttaModel(AdapterTuner):
         """Look at every block before the first one is wrapped."""
         prefix, composite = _find_composite(model)
         towers = _towers_of(composite)
-        assert peft_config.layers is not None and peft_config.num_levels is not None
+        assert peft_config.layers is not None
+        assert peft_config.num_levels is not None
         self._places: dict[str, _Place] = {}
         for modality, names in peft_config.layers.items():
             for level, index in enumerate(blocks_of_levels(len(names), peft_config.num_levels)):
@@ -184,8 +185,8 @@ def _towers_of(composite: nn.Module) -> dict[str, nn.Module]:
     present = {modality: tower for modality, tower in towers.items() if isinstance(tower, nn.Module)}
     if len(present) < 2:
         raise ValueError(
-            f"LSTTA needs two or three towers, but the {type(composite).__name__} has {', '.join(present) or 'none'} of "
-            "`vision_model`, `audio_model` and `text_model`."
+            f"LSTTA needs two or three towers, but the {type(composite).__name__} has {', '.join(present) or 'none'} "
+            "of `vision_model`, `audio_model` and `text_model`."
         )
     return present
 
@@ -204,6 +205,6 @@ def _block(tower: nn.Module, modality: str, name: str) -> nn.Module:
         return tower.get_submodule(name)
     except AttributeError:
         raise ValueError(
-            f"The {modality} tower, a {type(tower).__name__}, has no block {name!r}. `layers` of the LsttaConfig names "
-            "blocks relative to their tower, such as 'encoder.layers.0'."
+            f"The {modality} tower, a {type(tower).__name__}, has no block {name!r}. `layers` of the LsttaConfig "
+            "names blocks relative to their tower, such as 'encoder.layers.0'."
         ) from None
