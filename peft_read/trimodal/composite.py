@@ -116,22 +116,26 @@ class LockstepBatch:
 def run_towers(model: nn.Module, calls: Mapping[str, Callable[[], T]], batch: LockstepBatch) -> dict[str, T]:
     """Run the towers of a composite model, in lockstep if adapters let them exchange.
 
-    A composite model of your own takes part by calling its towers through this in its `forward`:
+    A composite model of your own takes part by calling its towers, which are its `vision_model`, `audio_model` and
+    `text_model`, through this in its `forward`, and by saying so with a class attribute:
 
     ```python
-    def forward(self, pixel_values, input_ids, attention_mask):
-        batch = LockstepBatch(
-            size=len(input_ids),
-            towers={
-                "vision": TowerBatch.of("vision", self.vision_model, len(input_ids), pixel_values.shape[1]),
-                "text": TowerBatch.of("text", self.text_model, *input_ids.shape, mask=attention_mask),
-            },
-        )
-        calls = {
-            "vision": lambda: self.vision_model(pixel_values.flatten(0, 1)),
-            "text": lambda: self.text_model(input_ids, attention_mask),
-        }
-        outputs = run_towers(self, calls, batch)
+    class VideoAndText(nn.Module):
+        make_exchange = None
+
+        def forward(self, pixel_values, input_ids, attention_mask):
+            batch = LockstepBatch(
+                size=len(input_ids),
+                towers={
+                    "vision": TowerBatch.of("vision", self.vision_model, len(input_ids), pixel_values.shape[1]),
+                    "text": TowerBatch.of("text", self.text_model, *input_ids.shape, mask=attention_mask),
+                },
+            )
+            calls = {
+                "vision": lambda: self.vision_model(pixel_values.flatten(0, 1)),
+                "text": lambda: self.text_model(input_ids, attention_mask),
+            }
+            outputs = run_towers(self, calls, batch)
     ```
 
     Args:
