@@ -152,6 +152,24 @@ def naive_short_term(streams, masks, batch, window, importance=None):
     return out
 
 
+def naive_sound_at_frames(streams, masks, b, tower):
+    """Keys and values of the means of one clip's sound over the time of each frame."""
+    valid = {
+        name: masks[name][b].tolist() if name in masks else [True] * streams[name].timed.shape[1]
+        for name in ("vision", tower)
+    }
+    placed = steps_in_windows(valid["vision"], valid[tower], WINDOW)[tower] if any(valid[tower]) else []
+    first = placed[0][0] if placed else 0
+    extent = placed[-1][0] - first + 1 if placed else 1
+    keys = []
+    for frame in sorted({(w, math.floor(time)) for _, w, time in placed}):
+        steps = [t for t, w, time in placed if (w, math.floor(time)) == frame]
+        _, k, v = torch.stack([streams[tower].timed[b, t].mean(0) for t in steps]).mean(0).split(R)
+        position = sum((t - first + 0.5) / extent for t in steps) / len(steps)
+        keys.append((k + sinusoids(position, math.pi, 64 * math.pi, R // 2), v, 0.0))
+    return keys
+
+
 def naive_log_importance(frame_filter, streams, masks, batch):
     """One frame after another, from the filter's own layers."""
     frames = streams["vision"].timed
@@ -176,9 +194,7 @@ def naive_log_importance(frame_filter, streams, masks, batch):
             if tower == "vision":
                 continue
             if s.timed is not None:
-                for t, code in positions(tower, b).items():
-                    _, k, v = s.timed[b, t].mean(0).split(R)
-                    context.append((k + code, v, 0.0))
+                context += naive_sound_at_frames(streams, masks, b, tower)
             for n in range(0 if s.untimed is None else s.untimed.shape[1]):
                 if s.untimed_mask is None or s.untimed_mask[b, n]:
                     _, k, v = s.untimed[b, n].split(R)
@@ -218,9 +234,7 @@ def test_equals_the_loops(towers, padding, filtered):
     streams = make_streams(towers, text_mask=TEXT_MASKS.get(padding))
     masks = MASKS[padding]
     frame_filter = make_filter() if filtered else None
-    messages, importance = interact(
-        streams, plan(streams, masks), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter
-    )
+    messages, importance = interact(streams, plan(streams, masks), num_heads=HEADS, frame_filter=frame_filter)
     expected_importance = None
     if filtered and "vision" in towers:
         expected_importance = naive_log_importance(frame_filter, streams, masks, 3).exp()
@@ -287,14 +301,15 @@ def test_importance_to_zero_is_masking(frame):
     windows = plan(streams)
     vision = windows.steps["vision"]
     log_importance = torch.zeros(3, 8, dtype=torch.float64).masked_fill(~gone, -60.0)
-    faded = short_term_interaction(streams, windows, window=WINDOW, num_heads=HEADS, log_importance=log_importance)
+    faded = short_term_interaction(streams, windows, num_heads=HEADS, log_importance=log_importance)
     hidden = type(windows)(
+        WINDOW,
         windows.count,
         windows.steps
         | {"vision": type(vision)(**vars(vision) | {"valid": gone, "filled": vision.filled & vision.split(gone)})},
     )
-    masked = short_term_interaction(streams, hidden, window=WINDOW, num_heads=HEADS)
-    untouched = short_term_interaction(streams, windows, window=WINDOW, num_heads=HEADS)
+    masked = short_term_interaction(streams, hidden, num_heads=HEADS)
+    untouched = short_term_interaction(streams, windows, num_heads=HEADS)
     for tower in streams:
         for name in ("timed", "untimed"):
             got, wanted = getattr(faded[tower], name), getattr(masked[tower], name)
@@ -307,11 +322,9 @@ def test_an_interior_frame_can_be_masked_or_unimportant():
     """The same through the public road: masks with a hole."""
     streams = make_streams()
     mask = mask_of(["11101111"] * 3)
-    masked = short_term_interaction(streams, plan(streams, {"vision": mask}), window=WINDOW, num_heads=HEADS)
+    masked = short_term_interaction(streams, plan(streams, {"vision": mask}), num_heads=HEADS)
     log_importance = torch.zeros(3, 8, dtype=torch.float64).masked_fill(~mask, -math.inf)
-    faded = short_term_interaction(
-        streams, plan(streams), window=WINDOW, num_heads=HEADS, log_importance=log_importance
-    )
+    faded = short_term_interaction(streams, plan(streams), num_heads=HEADS, log_importance=log_importance)
     torch.testing.assert_close(faded["text"].untimed, masked["text"].untimed, **CLOSE)
     torch.testing.assert_close(faded["audio"].timed, masked["audio"].timed, **CLOSE)
     torch.testing.assert_close(faded["vision"].timed, masked["vision"].timed, **CLOSE)
@@ -328,7 +341,7 @@ def test_short_term_sees_its_window_only():
     changed = streams["audio"].timed.clone()
     changed[:, 5] += 1
     after = streams | {"audio": Stream(changed, streams["audio"].untimed)}
-    told = [short_term_interaction(s, windows, window=WINDOW, num_heads=HEADS) for s in (streams, after)]
+    told = [short_term_interaction(s, windows, num_heads=HEADS) for s in (streams, after)]
     # Step 5 of 11 is at 0.5 of the clip: frame 4 of 8, in the window of frames 3 to 5.
     assert changed_steps(told[0]["vision"].timed, told[1]["vision"].timed) == {3, 4, 5}
 
@@ -371,10 +384,10 @@ def test_missing_for_all_is_masked_for_some(missing):
         streams["audio"] = Stream(audio.timed, audio.untimed, mask.any(1, keepdim=True))
     masks = {} if missing == "text" else {missing: mask}
     frame_filter = make_filter()
-    some, g = interact(streams, plan(streams, masks), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter)
+    some, g = interact(streams, plan(streams, masks), num_heads=HEADS, frame_filter=frame_filter)
     without = {tower: stream for tower, stream in streams.items() if tower != missing}
-    none, g_none = interact(without, plan(without), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter)
-    full, _ = interact(make_streams(), plan(make_streams()), window=WINDOW, num_heads=HEADS, frame_filter=frame_filter)
+    none, g_none = interact(without, plan(without), num_heads=HEADS, frame_filter=frame_filter)
+    full, _ = interact(make_streams(), plan(make_streams()), num_heads=HEADS, frame_filter=frame_filter)
     for tower in without:
         for name in ("timed", "untimed"):
             got, wanted, other = (getattr(m[tower], name) for m in (some, none, full))
@@ -397,8 +410,8 @@ def test_sound_windows_depend_on_the_valid_length_alone():
     }
     padded = plan(streams, {"audio": mask_of(["11111110000"] * 3)})
     torch.testing.assert_close(
-        short_term_interaction(streams, padded, window=WINDOW, num_heads=HEADS)["text"].untimed,
-        short_term_interaction(short, plan(short), window=WINDOW, num_heads=HEADS)["text"].untimed,
+        short_term_interaction(streams, padded, num_heads=HEADS)["text"].untimed,
+        short_term_interaction(short, plan(short), num_heads=HEADS)["text"].untimed,
         **CLOSE,
     )
 
@@ -408,12 +421,12 @@ def test_time_code_tells_frames_of_a_window_apart():
     streams = make_streams(("vision", "audio"))
     same = streams["vision"].timed[:, :1].expand(-1, 8, -1, -1)
     streams["vision"] = Stream(same, None)
-    told = short_term_interaction(streams, plan(streams), window=WINDOW, num_heads=HEADS)["vision"].timed
+    told = short_term_interaction(streams, plan(streams), num_heads=HEADS)["vision"].timed
     assert not torch.allclose(told[:, 0], told[:, 1], atol=1e-3)
     one = plan(streams, window=1)
     sound = streams["audio"].timed[:, :1].expand(-1, 11, -1, -1)
     alone = {"vision": streams["vision"], "audio": Stream(sound, None)}
-    told = short_term_interaction(alone, one, window=1, num_heads=HEADS)["vision"].timed
+    told = short_term_interaction(alone, one, num_heads=HEADS)["vision"].timed
     # In windows of one frame there is nothing to tell apart but how many steps of sound a frame has: 11 over 8 frames.
     torch.testing.assert_close(told[:, 0], told[:, 3], **CLOSE)
 
@@ -431,7 +444,7 @@ def test_gradients_in_float64():
 
     def run(vision, audio, text):
         streams = {"vision": Stream(vision, None), "audio": Stream(audio, None), "text": Stream(None, text)}
-        messages, g = interact(streams, windows, window=2, num_heads=1, frame_filter=frame_filter)
+        messages, g = interact(streams, windows, num_heads=1, frame_filter=frame_filter)
         return messages["vision"].timed, messages["audio"].timed, messages["text"].untimed, g
 
     assert torch.autograd.gradcheck(run, (vision, audio, text))
@@ -444,7 +457,7 @@ def test_autocast_does_not_reach_inside():
         for tower, s in make_streams().items()
     }
     frame_filter = make_filter().float()
-    arguments = {"window": WINDOW, "num_heads": HEADS, "frame_filter": frame_filter}
+    arguments = {"num_heads": HEADS, "frame_filter": frame_filter}
     plain, _ = interact(streams, plan(streams), **arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast, _ = interact(streams, plan(streams), **arguments)

@@ -103,7 +103,6 @@ class _Forward:
         messages, importance = interact(
             streams,
             self._plan(streams, masks, some, device),
-            window=some.window,
             num_heads=some.num_heads,
             frame_filter=None if vision is None else vision.judge,
         )

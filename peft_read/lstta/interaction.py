@@ -88,10 +88,10 @@ def attend(queries: Tensor, sources: Sequence[Keys], num_heads: int) -> Tensor:
 class FrameFilter(nn.Module):
     """Long-term semantic filtering: the importance of every frame, judged from the whole video, its sound and text.
 
-    A frame's descriptor, the mean over its tokens' values, attends to those of all frames, then to sound and text;
-    frames and steps of sound carry their position within the valid length. Two linear layers make a score of it, whose
-    sigmoid is the importance, 0.9 or so before training. The only part of LSTTA whose cost grows with the square of
-    the number of frames.
+    A frame's descriptor, the mean over its tokens' values, attends to those of all frames, then to the text and to
+    what is heard at the time of each frame; frames and sound carry their position within the valid length. Two linear
+    layers make a score of it, whose sigmoid is the importance, 0.9 or so before training. The only part of LSTTA whose
+    cost grows with the square of the number of frames.
 
     Args:
         r: width of the bottleneck.
@@ -113,7 +113,7 @@ class FrameFilter(nn.Module):
         """Log importance of the frames, `(batch, frames)`: at most 0, minus infinity for masked ones."""
         frames, steps = streams["vision"].timed, windows.steps["vision"]
         assert frames is not None
-        descriptors = frames.mean(2).chunk(3, dim=-1)[2]
+        descriptors = frames.chunk(3, dim=-1)[2].mean(2)
         position = _position_code(steps.position, descriptors)
         x = layer_norm(descriptors, self.normalizer) + position
         queries, keys, values = linear(x, self.projections).chunk(3, dim=-1)
@@ -128,7 +128,6 @@ def interact(
     streams: Mapping[str, Stream],
     windows: Windows,
     *,
-    window: int,
     num_heads: int,
     frame_filter: FrameFilter | None = None,
 ) -> tuple[dict[str, Messages], Tensor | None]:
@@ -137,7 +136,6 @@ def interact(
     Args:
         streams: by tower; `"vision"` and `"audio"` may have a time axis.
         windows: the windows of each clip.
-        window: frames in a window.
         num_heads: attention heads.
         frame_filter: judges the frames; None to let all count alike.
 
@@ -150,9 +148,7 @@ def interact(
         log_importance = None
         if frame_filter is not None and "vision" in streams and streams["vision"].timed is not None:
             log_importance = frame_filter(streams, windows)
-        messages = short_term_interaction(
-            streams, windows, window=window, num_heads=num_heads, log_importance=log_importance
-        )
+        messages = short_term_interaction(streams, windows, num_heads=num_heads, log_importance=log_importance)
         return messages, None if log_importance is None else log_importance.exp()
 
 
@@ -160,7 +156,6 @@ def short_term_interaction(
     streams: Mapping[str, Stream],
     windows: Windows,
     *,
-    window: int,
     num_heads: int,
     log_importance: Tensor | None = None,
 ) -> dict[str, Messages]:
@@ -174,7 +169,6 @@ def short_term_interaction(
     Args:
         streams: by tower.
         windows: the windows of each clip.
-        window: frames in a window.
         num_heads: attention heads.
         log_importance: `(batch, frames)`, of the frames of `"vision"`; all 0 where None.
 
@@ -183,8 +177,7 @@ def short_term_interaction(
     """
     importance = None if log_importance is None else log_importance.exp()
     tokens = {
-        tower: _in_windows(tower, stream, windows, window, num_heads, log_importance)
-        for tower, stream in streams.items()
+        tower: _in_windows(tower, stream, windows, num_heads, log_importance) for tower, stream in streams.items()
     }
     weights = windows.weights(importance)
     messages = {}
@@ -206,14 +199,14 @@ def short_term_interaction(
 
 
 def _in_windows(
-    tower: str, stream: Stream, windows: Windows, window: int, num_heads: int, log_importance: Tensor | None
+    tower: str, stream: Stream, windows: Windows, num_heads: int, log_importance: Tensor | None
 ) -> tuple[Tensor, Keys]:
     """A tower's tokens in every window, timed ones first: queries `(batch * windows, tokens, r)`, keys and values."""
     parts, biases = [], []
     if stream.timed is not None:
         steps, per_step = windows.steps[tower], stream.timed.shape[2]
         width = stream.timed.shape[-1] // 3
-        code = _time_code(steps.time, stream.timed, window, width // num_heads).repeat(1, 1, 2 * num_heads)
+        code = _time_code(steps.time, stream.timed, windows.window, width // num_heads).repeat(1, 1, 2 * num_heads)
         coded = stream.timed + F.pad(code, (0, width)).unsqueeze(2)  # queries and keys, not values
         parts.append(steps.split(coded).flatten(2, 3))
         bias = _bias(steps.filled, stream.timed)
@@ -231,12 +224,14 @@ def _in_windows(
 
 
 def _context(tower: str, streams: Mapping[str, Stream], windows: Windows) -> list[Keys]:
-    """What frames may look at in a tower: means of its time steps, with their positions, and its untimed tokens."""
+    """What frames may look at in a tower: its time steps, joined to one a frame, and its untimed tokens."""
     stream, context = streams[tower], []
     if stream.timed is not None:
         steps = windows.steps[tower]
-        _, keys, values = stream.timed.mean(2).chunk(3, dim=-1)
-        context.append(Keys(keys + _position_code(steps.position, keys), values, _bias(steps.valid, keys)))
+        described = torch.cat([stream.timed.mean(2), steps.position.to(stream.timed.dtype).unsqueeze(-1)], dim=-1)
+        joined, heard = steps.at_frames(described, windows.window)
+        _, keys, values = joined[..., :-1].chunk(3, dim=-1)
+        context.append(Keys(keys + _position_code(joined[..., -1], keys), values, _bias(heard, keys)))
     if stream.untimed is not None:
         _, keys, values = stream.untimed.chunk(3, dim=-1)
         valid = stream.untimed_mask

@@ -39,16 +39,30 @@ class WindowedSteps:
         steps = _pick(x.flatten(1, 2), self.place)
         return steps.masked_fill(~self.valid[(...,) + (None,) * (steps.ndim - 2)], 0)
 
+    def at_frames(self, x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """Means of `x (batch, steps, dim)` over the steps at the time of each frame, of `window` frames in a window.
+
+        Returns:
+            `(batch, windows * window, dim)`, and `(batch, windows * window)` bool, false where there are no steps.
+        """
+        frame = torch.arange(window, device=x.device)
+        inside = (self.split(self.time).floor()[..., None] == frame) & self.filled[..., None]
+        sums = inside.to(x.dtype).transpose(2, 3) @ self.split(x)
+        counts = inside.sum(2)
+        return (sums / counts.clamp(min=1)[..., None]).flatten(1, 2), counts.flatten(1) > 0
+
 
 @dataclass(frozen=True)
 class Windows:
     """The windows of all clips of a batch.
 
     Attributes:
+        window: frames in a window.
         count: windows of a clip.
         steps: the time steps by tower, of those that have a time axis.
     """
 
+    window: int
     count: int
     steps: dict[str, WindowedSteps]
 
@@ -135,7 +149,7 @@ def plan_windows(
         grouped = _group(index[tower], counts[tower], used, max(1, *per_window))
         extent = extents[tower]
         planned[tower] = WindowedSteps(extent.valid, extent.position, placed[tower][1], *grouped)
-    return Windows(used, {tower: _spread(each, batch, device) for tower, each in planned.items()})
+    return Windows(window, used, {tower: _spread(each, batch, device) for tower, each in planned.items()})
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,7 @@ def _group(index: Tensor, counts: Tensor, windows: int, places: int) -> tuple[Te
 def _spread(steps: WindowedSteps, batch: int, device: torch.device) -> WindowedSteps:
     """The same for each clip of a batch, on the device."""
     values = (getattr(steps, field.name) for field in fields(steps))
-    return WindowedSteps(*(value.to(device).expand(batch, *value.shape[1:]) for value in values))
+    return WindowedSteps(*(value.to(device, non_blocking=True).expand(batch, *value.shape[1:]) for value in values))
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
