@@ -401,6 +401,25 @@ def test_missing_for_all_is_masked_for_some(missing):
         assert g[0].eq(0).all()
 
 
+def test_nothing_at_all_to_attend_to():
+    """Clips of one modality, and of none, in a batch: finite, also the gradients, and told nothing."""
+    text_mask = mask_of(["00000", "00000", "11111"])
+    streams = make_streams(text_mask=text_mask)
+    audio = streams["audio"]
+    untimed = audio.untimed.requires_grad_()
+    streams["audio"] = Stream(audio.timed.requires_grad_(), untimed, torch.zeros(3, 1, dtype=torch.bool))
+    streams["vision"].timed.requires_grad_()
+    masks = {"vision": mask_of(["11111111", "00000000", "00000000"]), "audio": torch.zeros(3, 11, dtype=torch.bool)}
+    frame_filter = make_filter()
+    messages, g = interact(streams, plan(streams, masks), num_heads=HEADS, frame_filter=frame_filter)
+    told = [x for each in messages.values() for x in (each.timed, each.untimed) if x is not None]
+    assert all(x.isfinite().all() for x in (*told, g))
+    assert messages["vision"].timed.eq(0).all()
+    sum(x.square().sum() for x in told).backward()
+    assert all(x.grad.isfinite().all() for x in (untimed, audio.timed, streams["vision"].timed))
+    assert all(p.grad.isfinite().all() for p in frame_filter.parameters())
+
+
 def test_sound_windows_depend_on_the_valid_length_alone():
     """Without pictures a clip's windows are the same however much padding its batch gives it."""
     streams = make_streams(("audio", "text"))
