@@ -12,9 +12,21 @@ from .read.config import ReadConfig  # noqa: E402  (a config is a dataclass of t
 from .read.model import ReadModel  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
 from .read.targets import find_feed_forward_outputs  # noqa: E402
+from .trimodal.configuration import TrimodalConfig  # noqa: E402
+from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
+from .trimodal.modeling import TrimodalModel  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
 
 __version__ = "0.1.0"
-__all__ = ["ReadConfig", "ReadModel", "find_feed_forward_outputs", "recurrent_scan"]
+__all__ = [
+    "ReadConfig",
+    "ReadModel",
+    "TrimodalConfig",
+    "TrimodalForFrameClassification",
+    "TrimodalForSequenceClassification",
+    "TrimodalModel",
+    "find_feed_forward_outputs",
+    "recurrent_scan",
+]
