@@ -153,8 +153,8 @@ def test_trainer(tmp_path, checkpointing):
         "seed": 0,
     }
     if checkpointing:
-        known = {field.name for field in dataclasses.fields(TrainingArguments)}
-        arguments["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+        renamed = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
+        arguments["activation_checkpointing" if renamed else "gradient_checkpointing"] = True
     result = Trainer(model, TrainingArguments(max_steps=2, **arguments), train_dataset=Clips()).train()
     assert result.global_step == 2
     files = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
