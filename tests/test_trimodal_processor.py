@@ -1,5 +1,8 @@
 """The processor: real media files in, batches out whose frames, sound and masks are what the files hold."""
 
+import importlib.util
+import os
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -280,3 +283,46 @@ def test_without_pyav_only_files_are_refused(tmp_path, monkeypatch):
         processor()(videos=[path], text=["seen"])
     wave = np.zeros(RATE, np.float32)
     assert "input_values" in processor()(audio=[wave], text=["heard"], sampling_rate=RATE)
+
+
+WITH_TORCHVISION = """
+import torch
+
+# Its wheels are built for CUDA; beside torch for the CPU these two declarations are what it misses.
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import sys
+import numpy as np
+from test_trimodal_processor import tokenizer
+from transformers import VideoMAEVideoProcessor, ViTImageProcessor, VJEPA2VideoProcessor
+from peft_read import TrimodalProcessor
+
+sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+long = np.stack([np.full((40, 40, 3), 25 * i, np.uint8) for i in range(8)])
+for vision in (VideoMAEVideoProcessor(**sizes), VJEPA2VideoProcessor(**sizes), ViTImageProcessor()):
+    ours = TrimodalProcessor(vision, None, tokenizer(), num_frames=4)
+    ours.save_pretrained(sys.argv[1])
+    for processor in (ours, TrimodalProcessor.from_pretrained(sys.argv[1])):
+        assert type(processor.vision) is type(vision)
+        batch = processor(videos=[long, long[:2]], text=["seen", "heard"])
+        assert batch["pixel_values"].shape[:3] == (2, 4, 3), batch["pixel_values"].shape
+        assert batch["frame_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+        levels = batch["pixel_values"].mean((2, 3, 4))[0].diff()
+        assert torch.allclose(levels, levels[0]) and levels[0] > 0.1, levels
+print("checked")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="video processors need torchvision")
+def test_processors_of_torchvision(tmp_path):
+    """Real video processors, and the image processors that torchvision brings."""
+    path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    run = subprocess.run(
+        [sys.executable, "-c", WITH_TORCHVISION, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.endswith("checked\n"), run.stderr
