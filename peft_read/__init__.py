@@ -18,6 +18,7 @@ from .read.targets import find_feed_forward_outputs  # noqa: E402
 from .trimodal.configuration import TrimodalConfig  # noqa: E402
 from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
 from .trimodal.modeling import TrimodalModel  # noqa: E402
+from .trimodal.processing import TrimodalProcessor  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
@@ -33,6 +34,7 @@ __all__ = [
     "TrimodalForFrameClassification",
     "TrimodalForSequenceClassification",
     "TrimodalModel",
+    "TrimodalProcessor",
     "find_feed_forward_outputs",
     "recurrent_scan",
 ]
