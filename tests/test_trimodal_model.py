@@ -53,8 +53,8 @@ DIM = 16
 
 
 def model_of(names=NAMES, cls=TrimodalModel, **config):
-    torch.manual_seed(0)
     towers = {FAMILIES[name].modality: tower(name) for name in names}
+    torch.manual_seed(0)
     return cls.from_pretrained_towers(**towers, **{"projection_dim": DIM} | config)
 
 
@@ -316,7 +316,7 @@ def test_gradient_checkpointing(names, use_reentrant):
     blocks = [name for name in expected if ".0." in name or ".1." in name]
     assert len(blocks) > 3
     for name in blocks:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_embeddings_are_those_of_the_text_tower():
