@@ -316,7 +316,7 @@ def test_gradient_checkpointing(names, use_reentrant):
     blocks = [name for name in expected if ".0." in name or ".1." in name]
     assert len(blocks) > 3
     for name in blocks:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_embeddings_are_those_of_the_text_tower():
