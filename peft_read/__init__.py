@@ -1,29 +1,39 @@
-"""READ for Hugging Face PEFT: recurrent adapters for video, audio and language models.
+"""READ and LSTTA for Hugging Face PEFT: adapters for video, audio and language models.
 
-Importing the package makes `READ` a method of PEFT like any built-in one.
+Importing the package makes `READ` and `LSTTA` methods of PEFT like any built-in ones.
 """
 
 from .registration import add_peft_type, register
 
 
 add_peft_type("READ")
+add_peft_type("LSTTA")
 
+from .lstta.config import LsttaConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
+from .lstta.model import LsttaModel  # noqa: E402
 from .pvla.arguments import PvlaArguments, PvlaSeq2SeqTrainingArguments, PvlaTrainingArguments  # noqa: E402
 from .pvla.loss import PvlaLoss  # noqa: E402
 from .pvla.picture import plot_plan  # noqa: E402
 from .pvla.states import VideoTextStates  # noqa: E402
 from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer  # noqa: E402
 from .pvla.transport import partial_transport  # noqa: E402
-from .read.config import ReadConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
+from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
 from .read.targets import find_feed_forward_outputs  # noqa: E402
+from .trimodal.configuration import TrimodalConfig  # noqa: E402
+from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
+from .trimodal.modeling import TrimodalModel  # noqa: E402
+from .trimodal.processing import TrimodalProcessor  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
+register(LsttaConfig, LsttaModel)
 
 __version__ = "0.1.0"
 __all__ = [
+    "LsttaConfig",
+    "LsttaModel",
     "PvlaArguments",
     "PvlaLoss",
     "PvlaMixin",
@@ -33,6 +43,11 @@ __all__ = [
     "PvlaTrainingArguments",
     "ReadConfig",
     "ReadModel",
+    "TrimodalConfig",
+    "TrimodalForFrameClassification",
+    "TrimodalForSequenceClassification",
+    "TrimodalModel",
+    "TrimodalProcessor",
     "VideoTextStates",
     "find_feed_forward_outputs",
     "partial_transport",
