@@ -154,10 +154,10 @@ def test_residual_is_small_only_near_the_optimum():
 def test_residual_does_not_vanish_while_the_plan_stalls():
     """A small reg, where Dykstra's plan stays as it is for long although most of its mass is infeasible."""
     cost = cosine_costs((32, 16), batch=4)
-    exact = partial_transport(cost, solver="exact").cost
+    converged = partial_transport(cost, 0.5, 1e-3, n_iter=20_000).cost
     for n_iter in (1, 10, 50, 200):
         found = partial_transport(cost, 0.5, 1e-3, n_iter=n_iter)
-        gap = (found.cost - exact).abs() / exact
+        gap = (found.cost - converged).abs() / converged
         assert (found.residual > gap / 100).all()
     assert (partial_transport(cost, 0.5, 1e-3, n_iter=1).residual > 1e-2).all()
     assert partial_transport(cost, solver="exact").residual.eq(0).all()
