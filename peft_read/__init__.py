@@ -7,23 +7,29 @@ from .registration import add_peft_type, register
 
 
 add_peft_type("READ")
+add_peft_type("LSTTA")
 
+from .lstta.config import LsttaConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
+from .lstta.model import LsttaModel  # noqa: E402
 from .pvla.arguments import PvlaArguments, PvlaSeq2SeqTrainingArguments, PvlaTrainingArguments  # noqa: E402
 from .pvla.loss import PvlaLoss  # noqa: E402
 from .pvla.picture import plot_plan  # noqa: E402
 from .pvla.states import VideoTextStates  # noqa: E402
 from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer  # noqa: E402
 from .pvla.transport import partial_transport  # noqa: E402
-from .read.config import ReadConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
+from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
 from .read.targets import find_feed_forward_outputs  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
+register(LsttaConfig, LsttaModel)
 
 __version__ = "0.1.0"
 __all__ = [
+    "LsttaConfig",
+    "LsttaModel",
     "PvlaArguments",
     "PvlaLoss",
     "PvlaMixin",

@@ -1,13 +1,48 @@
-"""In which precision things are computed."""
+"""Computing in float32 at least, whatever the adapters' weights and the surroundings are in."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations on `device` keep the dtypes of their arguments."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def linear(x: Tensor, module: nn.Linear) -> Tensor:
+    """`module(x)` in the dtype of `x`."""
+    if module.weight.dtype == x.dtype:
+        return module(x)
+    with weights_at_hand(module):
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, module.weight.to(x.dtype), bias)
+
+
+def layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
+    """`module(x)` in the dtype of `x`."""
+    if module.weight.dtype == x.dtype:
+        return module(x)
+    with weights_at_hand(module):
+        weight, bias = module.weight.to(x.dtype), module.bias.to(x.dtype)
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
+@contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """Let accelerate fetch the weights of a module that isn't called, where it keeps them elsewhere in between."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

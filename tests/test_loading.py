@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
-from helpers import EXACT, adapted, batch_of, result
+from helpers import EXACT, adapted, batch_of, result, strengthen
 from models import LAYERS, WIDTH, base_model, bert_config
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
+
+from peft_read import ReadConfig
 
 
 BATCH = batch_of("bert")
@@ -225,7 +227,7 @@ FRESH = """
 import sys
 import torch
 import peft_read
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import AutoModel
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
 batch = torch.load(sys.argv[3])
@@ -245,3 +247,14 @@ def test_a_fresh_process_loads_what_another_saved(tmp_path):
     with torch.no_grad():
         expected = model(**BATCH).last_hidden_state
     torch.testing.assert_close(torch.load(tmp_path / "out"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+def test_weights_of_other_methods_are_not_in_the_file(tmp_path):
+    """LoRA in the same model keeps its weights to itself, and the file loads without it."""
+    base = base_model("bert")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"], init_lora_weights=True), base.encoder)
+    strengthen(get_peft_model(base, ReadConfig(r=4))).save_pretrained(tmp_path)
+    assert all(".read_" in key for key in load_file(tmp_path / WEIGHTS))
+    loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path)
+    torch.testing.assert_close(result("bert", loaded, BATCH), result("bert", adapted("bert"), BATCH), **EXACT)

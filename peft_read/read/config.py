@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
-from transformers.activations import ACT2FN
+
+from ..checks import check_activation, check_bool, check_choice, check_dropout, check_finite, check_positive_int
 
 
 Cell = Literal["rnn", "gru", "lstm", "none"]
@@ -94,22 +94,16 @@ class ReadConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def _check_values(self) -> None:
-        _check_positive_int("r", self.r)
+        check_positive_int("r", self.r)
         for pattern, rank in (self.rank_pattern or {}).items():
-            _check_positive_int(f"rank_pattern[{pattern!r}]", rank)
-        _check_choice("cell", self.cell, get_args(Cell))
-        _check_choice("recur_over", self.recur_over, get_args(RecurOver))
-        for name in ("bidirectional", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if self.act_fn not in ACT2FN:
-            raise ValueError(f"`act_fn` must be one of {sorted(ACT2FN)}, got {self.act_fn!r}.")
-        if any(True for _ in ACT2FN[self.act_fn].parameters()):
-            raise ValueError(f"`act_fn` must have no weights of its own; {self.act_fn!r} has. Use 'gelu', say.")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be a number from 0 to below 1, got {self.dropout!r}.")
-        if not _is_number(self.scaling) or not math.isfinite(self.scaling):
-            raise ValueError(f"`scaling` must be a finite number, got {self.scaling!r}.")
+            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        check_choice("cell", self.cell, get_args(Cell))
+        check_choice("recur_over", self.recur_over, get_args(RecurOver))
+        check_bool("bidirectional", self.bidirectional)
+        check_bool("init_weights", self.init_weights)
+        check_activation("act_fn", self.act_fn)
+        check_dropout("dropout", self.dropout)
+        check_finite("scaling", self.scaling)
 
     def _check_contradictions(self) -> None:
         if self.cell == "none" and (self.bidirectional or self.recur_over != "sequence"):
@@ -120,7 +114,7 @@ class ReadConfig(PeftConfig):
         if self.recur_over == "frames":
             if self.num_frames is None:
                 raise ValueError("`recur_over='frames'` needs `num_frames`, the number of frames per video.")
-            _check_positive_int("num_frames", self.num_frames)
+            check_positive_int("num_frames", self.num_frames)
         elif self.num_frames is not None:
             raise ValueError("`num_frames` is for `recur_over='frames'` only; leave it out or set that.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -130,17 +124,3 @@ class ReadConfig(PeftConfig):
                 "`layers_to_transform` doesn't go with a `target_modules` that is a string: put the layers into the "
                 "regular expression, or give a list of names."
             )
-
-
-def _check_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..precision import without_autocast
+from ..adapters import AdapterLayer
+from ..precision import linear, weights_at_hand, without_autocast
 from .call import ForwardCall
 from .config import ReadConfig
 from .context import ForwardContext
@@ -42,7 +39,7 @@ class _Tokens:
         return replace(self, rows=rows, valid=None if self.valid is None else self.valid[rows])
 
 
-class ReadLayer(nn.Module, BaseTunerLayer):
+class ReadLayer(AdapterLayer):
     """y = base(x) -> y + scaling * dropout(up(act(cell(down(y))))), the recurrence running over time (READ).
 
     Works on the output alone, so the base may be any module whose output's last dimension is the feature dimension,
@@ -59,6 +56,10 @@ class ReadLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("read_downward", "read_recurrence", "read_upward")
     other_param_names: tuple[str, ...] = ("r", "scaling", "num_frames", "activation", "read_dropout")
+    cannot_merge = (
+        "READ can't be merged: its recurrence looks at other time steps, so it can't be folded into a layer's matrix. "
+        "Keep the adapter beside the model, or call `unload()` to get the base model back."
+    )
 
     def __init__(
         self,
@@ -163,10 +164,10 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         down, up = cast(nn.Linear, self.read_downward[name]), cast(nn.Linear, self.read_upward[name])
         with without_autocast(x.device):
             dtype = torch.promote_types(down.weight.dtype, torch.float32)
-            bottleneck = _linear(self._cast_input_dtype(x, dtype), down)
+            bottleneck = linear(self._cast_input_dtype(x, dtype), down)
             if name in self.read_recurrence:
                 bottleneck = self._recur(name, bottleneck, tokens)
-            added = _linear(self.activation[name](bottleneck), up)
+            added = linear(self.activation[name](bottleneck), up)
             return (self.scaling[name] * self.read_dropout[name](added)).to(x.dtype)
 
     def _recur(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
@@ -195,7 +196,7 @@ class ReadLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def _states_to_keep(cell: Recurrence, x: Tensor, outputs: Tensor, tokens: _Tokens, start: State | None) -> Tensor:
         """The state after every token, `(batch, time, width)`, for all rows of the batch."""
-        with _weights_at_hand(cell):
+        with weights_at_hand(cell):
             states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
         if tokens.batch == len(states):
             return states
@@ -236,68 +237,12 @@ class ReadLayer(nn.Module, BaseTunerLayer):
         valid = None if call is None else call.valid_tokens((hidden.shape[0], hidden.shape[1]), self.part)
         return hidden, _Tokens(len(hidden), valid=valid, call=call)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a recurrence can't be folded into a matrix."""
-        raise NotImplementedError(CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        """Refuse: nothing can have been merged."""
-        raise NotImplementedError(CANNOT_MERGE)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not there yet while the layer is built or unpickled
-                raise
-            # Blocks read attributes of the modules that they call; T5's looks at `wo.weight.dtype`.
-            return getattr(self.base_layer, name)
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        if device is None:  # a block of modules, which has no weight of its own
-            parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
-            device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
-        hook = getattr(base_layer, "_hf_hook", None)
-        if device is not None and device.type == "meta" and hook is not None:  # offloaded: not where its weights lie
-            device = torch.device(hook.execution_device)
-        return device, dtype
-
     def __repr__(self) -> str:
         return "read." + super().__repr__()
 
 
 class ReadLinear(ReadLayer):
     """A `ReadLayer` around a linear layer: `"all-linear"` finds wrapped linears by the word in their class's name."""
-
-
-CANNOT_MERGE = (
-    "READ can't be merged: its recurrence looks at other time steps, so it can't be folded into a layer's matrix. "
-    "Keep the adapter beside the model, or call `unload()` to get the base model back."
-)
-
-
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    if linear.weight.dtype == x.dtype:
-        return linear(x)
-    with _weights_at_hand(linear):
-        return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-
-
-@contextmanager
-def _weights_at_hand(module: nn.Module) -> Iterator[None]:
-    """Let accelerate fetch the weights of a module that isn't called, where it keeps them elsewhere in between."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
-    hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        hook.post_forward(module, None)
 
 
 def _recur_over_segments(cell: Recurrence, segments: list[int], x: Tensor) -> Tensor:

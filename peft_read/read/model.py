@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
-from peft.utils import AuxiliaryTrainingWrapper, TaskType
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters import AdapterTuner
 from .config import ReadConfig
 from .context import ForwardContext
-from .layer import CANNOT_MERGE, ReadLayer, ReadLinear
+from .layer import ReadLayer, ReadLinear
 from .targets import block_index, default_targets, is_causal, owner_of
 
 
@@ -35,7 +31,7 @@ UNFIT = (
 TIME_FIRST = ("bridgetower", "bridgetower_vision_model", "mask2former", "oneformer", "xlnet")
 
 
-class ReadModel(BaseTuner):
+class ReadModel(AdapterTuner):
     """Adds READ's recurrent adapters to a model (Nguyen et al., AAAI 2024, arXiv 2312.06950).
 
     Usually made by `get_peft_model(model, ReadConfig(...))`. Everything that the layers need at run time lives on them
@@ -54,7 +50,6 @@ class ReadModel(BaseTuner):
 
     prefix: str = "read_"
     tuner_layer_cls = ReadLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: ReadConfig, model_config: dict[str, Any]) -> ReadConfig:
         if peft_config.target_modules is None:
@@ -87,12 +82,7 @@ class ReadModel(BaseTuner):
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name):
                 self._check_target(name, module, config)
-        saved = tuple(config.modules_to_save or ())
-        if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-            saved += tuple(SEQ_CLS_HEAD_NAMES)  # which PEFT adds for these tasks
-        for name, _ in model.named_modules():
-            if saved and name.endswith(saved) and self.prefix in name:
-                self._refuse_name(name)
+        self._check_names_to_save(config, model)
 
     def _check_target(self, name: str, module: nn.Module, config: ReadConfig) -> None:
         if self.prefix in name:
@@ -117,12 +107,6 @@ class ReadModel(BaseTuner):
                 f"`bidirectional=True` is for encoders, but {name} is in a decoder, where it would show every token "
                 "its future. Leave it out, or target the encoder alone."
             )
-
-    def _refuse_name(self, name: str) -> NoReturn:
-        raise ValueError(
-            f"READ can't adapt {name}: PEFT and transformers tell READ's weights by '{self.prefix}' in their names "
-            "and would mistake this module's own for them. Rename the module, or exclude it with `exclude_modules`."
-        )
 
     def _width(self, name: str, module: nn.Module) -> int | None:
         """Size of the last dimension of a module's output, None if it can't have one or can't be told."""
@@ -164,48 +148,6 @@ class ReadModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: ReadConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """PEFT's renaming, after which nothing may be missing, left over or of another shape.
-
-        Runs before anything is copied, so a file that doesn't fit leaves the model as it was.
-        """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        in_model = model.state_dict()
-        given = {key if key in in_model else key.removeprefix("base_model.model."): v for key, v in remapped.items()}
-        names = {
-            f"{module_name}.{part}.{adapter_name}."
-            for module_name, module in model.named_modules()
-            if isinstance(module, ReadLayer)
-            for part in module.adapter_layer_names
-        }
-        names = {name.removeprefix("_fsdp_wrapped_module.") for name in names}
-        ours = [key for key in in_model if any(key.startswith(name) for name in names)]
-        faults = [f"missing: {key}" for key in ours if key not in given]
-        faults += [f"unexpected: {key}" for key in given if key not in in_model]
-        faults += [
-            f"wrong shape: {key}: {tuple(given[key].shape)} in the file, {tuple(in_model[key].shape)} in the model"
-            for key in ours
-            if key in given and given[key].shape != in_model[key].shape
-        ]
-        if faults:
-            shown = "\n  ".join(faults[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
-            raise ValueError(
-                f"The weights don't fit adapter {adapter_name!r}, so nothing was loaded. They may belong to another "
-                f"base model (the adapter names {config.base_model_name_or_path!r}) or another configuration:\n"
-                f"  {shown}"
-            )
-        return remapped
-
-    def _check_merge_allowed(self) -> NoReturn:
-        raise NotImplementedError(CANNOT_MERGE)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
-        """Refuse: a recurrence can't be folded into a matrix."""
-        self._check_merge_allowed()
-
     def unload(self) -> nn.Module:
         """The base model as it was, without the adapters."""
         model = super().unload()
@@ -213,44 +155,8 @@ class ReadModel(BaseTuner):
             ForwardContext.detach(module)
         return model
 
-    def _beams(self, arguments: dict[str, Any]) -> int:
-        """Rows that `generate` makes of each sample."""
+    def _layer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The number of rows that `generate` makes of each sample."""
         config = arguments.get("generation_config") or getattr(self.model, "generation_config", None)
         names = ("num_beams", "num_return_sequences")
-        return max(arguments.get(name) or getattr(config, name, None) or 1 for name in names)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Inference with an adapter per row: `adapter_names` reaches every layer for the time of this forward."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        beams = self._beams(kwargs)
-        if self.training:
-            raise ValueError("`adapter_names` is for inference: call `model.eval()` first.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(
-                f"`adapter_names` names adapters that aren't there: {unknown}; there are {sorted(self.peft_config)}, "
-                "and '__base__' for none."
-            )
-        thread = threading.get_ident()
-
-        def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # Another thread may run the same model with names of its own.
-            if threading.get_ident() != thread:
-                return None
-            rows = {"beams": beams} if isinstance(module, ReadLayer) else {}
-            return args, kwargs | {"adapter_names": adapter_names} | rows
-
-        handles = [
-            module.register_forward_pre_hook(pass_names, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, (ReadLayer, AuxiliaryTrainingWrapper))
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return {"beams": max(arguments.get(name) or getattr(config, name, None) or 1 for name in names)}

@@ -1,0 +1,133 @@
+"""The layer of LSTTA: wraps a block of a tower and adds what the other towers tell its tokens."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
+
+from ..adapters import AdapterLayer
+from ..trimodal.lockstep import count_call, current_tower, meet
+from .adapter import LsttaAdapter
+from .config import LsttaConfig
+from .exchange import Offer
+
+
+class LsttaLayer(AdapterLayer):
+    """hidden = block(...) -> hidden + change(messages), where the messages come from the blocks of the other towers.
+
+    Brings its tokens' bottleneck to the meeting of its level, in which the other towers' blocks take part, and waits.
+    Used in a tower that runs alone, it is the block. Several active adapters add up.
+
+    Args:
+        base_layer: the block: it gives hidden states `(..., width)`, alone or first in a tuple.
+        width: size of the hidden states.
+        modality: `"vision"`, `"audio"` or `"text"`.
+        module_name: the block's name in the adapted model, for messages.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lstta_adapter",)
+    other_param_names: tuple[str, ...] = ("levels",)
+    cannot_merge = (
+        "LSTTA can't be merged: what it adds depends on the other towers, so it can't be folded into a tower's "
+        "weights. Keep the adapter beside the model, or call `unload()` to get the base model back."
+    )
+
+    def __init__(self, base_layer: nn.Module, width: int, modality: str, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = self.out_features = width
+        self.modality = modality
+        self.module_name = module_name
+        self.levels: dict[str, dict[int, int]] = {}
+        self.lstta_adapter = nn.ModuleDict()
+        self.cast_input_dtype_enabled = True
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, levels: dict[int, int], config: LsttaConfig) -> None:
+        """Add an adapter, or replace the one of that name.
+
+        Args:
+            adapter_name: its name.
+            levels: at which level each call of the block in a forward meets the other towers; other calls don't.
+            config: its settings.
+        """
+        self.levels[adapter_name] = levels
+        self.lstta_adapter[adapter_name] = LsttaAdapter(self.out_features, config, self.modality == "vision")
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The block's output, adapted by the active adapters, or sample by sample by those named (`"__base__"`: none).
+
+        Args:
+            adapter_names: one name per sample.
+
+        Raises:
+            ValueError: if the hidden states have another width, the active adapters meet at different levels, or
+                `adapter_names` has another number of samples.
+        """
+        output = self.base_layer(*args, **kwargs)
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        adapters = {
+            name: cast(LsttaAdapter, self.lstta_adapter[name]) for name in chosen if name in self.lstta_adapter
+        }
+        if self.disable_adapters or not adapters or current_tower() is None:
+            return output
+        level = self._level_of_this_call(list(adapters))
+        if level is None:
+            return output
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        if hidden.shape[-1] != self.out_features:
+            raise ValueError(
+                f"LSTTA at {self.module_name} was made for {self.out_features} features, but this block's output has "
+                f"shape {tuple(hidden.shape)}. Name the tower's blocks in `layers` of the LsttaConfig."
+            )
+        projections = {
+            name: adapter.project(self._cast_input_dtype(hidden, adapter.dtype)) for name, adapter in adapters.items()
+        }
+        messages = meet(level, Offer(adapters, projections))
+        adapted = hidden
+        for name, adapter in adapters.items():
+            change = adapter.change(messages[name].to(hidden.device))
+            if adapter_names is not None:
+                change = change * self._rows_of(name, adapter_names, change)
+            adapted = adapted + change.to(hidden.dtype)
+        _show_adapted(hidden, adapted)
+        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+
+    def _level_of_this_call(self, names: list[str]) -> int | None:
+        call = count_call(self)
+        levels = {self.levels[name].get(call) for name in names}
+        if len(levels) > 1:
+            raise ValueError(
+                f"The adapters {names} can't act together: at {self.module_name} they meet the other towers at "
+                "different levels. Adapters that are active at once need the same `num_levels` and `layers`."
+            )
+        return levels.pop()
+
+    def _rows_of(self, name: str, adapter_names: list[str], hidden: Tensor) -> Tensor:
+        """1 in the rows of the samples for which an adapter is named, else 0; a sample's frames follow each other."""
+        each, left = divmod(len(hidden), len(adapter_names))
+        if left or not each:
+            raise ValueError(
+                f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for {len(hidden)} "
+                f"rows at {self.module_name}."
+            )
+        rows = torch.tensor([n == name for n in adapter_names], device=hidden.device, dtype=hidden.dtype)
+        return rows.repeat_interleave(each)[(...,) + (None,) * (hidden.ndim - 1)]
+
+    def __repr__(self) -> str:
+        return "lstta." + super().__repr__()
+
+
+def _show_adapted(hidden: Tensor, adapted: Tensor) -> None:
+    """Put the adapted hidden states into the tower's `hidden_states`, for which transformers listens to the block."""
+    collected = _active_collector.get()
+    states = collected.get("hidden_states") if collected else None
+    if states and states[-1] is hidden:
+        states[-1] = adapted

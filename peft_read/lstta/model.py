@@ -1,0 +1,210 @@
+"""The tuner of LSTTA: puts its layers into the towers of a composite model, and lets them meet."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..adapters import AdapterTuner
+from ..trimodal.blocks import block_width, blocks_of_levels, find_blocks
+from ..trimodal.composite import MAKE_EXCHANGE
+from .config import MODALITIES, LsttaConfig
+from .exchange import LsttaExchange
+from .layer import LsttaLayer
+
+
+class _Place(NamedTuple):
+    """Where an adapter goes: the tower, the block's name in it, and at which level each of its calls meets."""
+
+    modality: str
+    block: str
+    levels: dict[int, int]
+
+
+class LsttaModel(AdapterTuner):
+    """Adds LSTTA's adapters to a model of several towers (Liu et al., ACM MM 2023, arXiv 2308.14274).
+
+    Usually made by `get_peft_model(model, LsttaConfig(...))`. Everything that the layers need at run time lives on
+    them and on the model, nothing here, so that `inject_adapter_in_model` and transformers' `add_adapter` work too.
+
+    Args:
+        model: a `TrimodalModel`, a model that contains one, or a composite of your own that calls its towers through
+            `run_towers`.
+        peft_config: the configuration, or one per adapter name.
+        adapter_name: name of the adapter to add.
+        low_cpu_mem_usage: make the adapter's weights on the meta device, to be loaded later.
+        state_dict: adapt the modules that these keys name, rather than those that the configuration names.
+
+    Raises:
+        ValueError: if the model has no towers that could meet, or a tower's blocks can't be found.
+    """
+
+    prefix: str = "lstta_"
+    tuner_layer_cls = LsttaLayer
+
+    def get_frame_importance(self, adapter_name: str | None = None) -> tuple[Tensor, ...]:
+        """How much each frame counted in the last forward, as the long-term semantic filtering saw it.
+
+        Args:
+            adapter_name: of which adapter; the first active one by default.
+
+        Returns:
+            For each level, `(batch, time steps)` in [0, 1], detached: 1 for frames that count fully, 0 for padding. A
+            time step is what the vision tower's tokens tell apart: a frame, or the frames of a tubelet.
+
+        Raises:
+            ValueError: if there is none: no forward with frames was made with that adapter, or it has no frame filter.
+        """
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        exchange = getattr(_find_composite(self.model)[1], MAKE_EXCHANGE)
+        if name not in exchange.importance:
+            raise ValueError(
+                f"There is no frame importance of the adapter {name!r}: the last forward was made without it or "
+                "without `pixel_values`, or it has `frame_filter=False`."
+            )
+        return tuple(exchange.importance[name])
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, after which the towers run in lockstep."""
+        super().inject_adapter(model, *args, **kwargs)
+        _, composite = _find_composite(model)
+        if getattr(composite, MAKE_EXCHANGE) is None:
+            setattr(composite, MAKE_EXCHANGE, LsttaExchange())
+        getattr(composite, MAKE_EXCHANGE).stages = _stages_around_layers(composite)
+
+    def _prepare_adapter_config(self, peft_config: LsttaConfig, model_config: dict[str, Any]) -> LsttaConfig:
+        """Write down which blocks there are, so that the saved configuration names them."""
+        _, composite = _find_composite(self.model)
+        towers = _towers_of(composite)
+        given = peft_config.layers or {}
+        for modality in given:
+            if modality not in towers:
+                raise ValueError(
+                    f"The LsttaConfig has `layers` of a {modality} tower, but the {type(composite).__name__} has only "
+                    f"{', '.join(towers)}."
+                )
+        layers = {modality: list(given.get(modality) or find_blocks(tower)) for modality, tower in towers.items()}
+        for modality, names in layers.items():
+            for name in names:
+                _block(towers[modality], modality, name)
+        depths = {modality: len(names) for modality, names in layers.items()}
+        levels = peft_config.num_levels or min(depths.values())
+        if levels > min(depths.values()):
+            raise ValueError(
+                f"`num_levels={levels}` is more than the shallowest tower has blocks: the towers have {depths}."
+            )
+        peft_config.layers, peft_config.num_levels = layers, levels
+        return peft_config
+
+    def _prepare_model(self, peft_config: LsttaConfig, model: nn.Module) -> None:
+        """Look at every block before the first one is wrapped."""
+        prefix, composite = _find_composite(model)
+        towers = _towers_of(composite)
+        assert peft_config.layers is not None
+        assert peft_config.num_levels is not None
+        self._places: dict[str, _Place] = {}
+        for modality, names in peft_config.layers.items():
+            for level, index in enumerate(blocks_of_levels(len(names), peft_config.num_levels)):
+                block = names[index]
+                call = names[:index].count(block)  # of a block that runs several times
+                name = ".".join(part for part in (prefix, f"{modality}_model", block) if part)
+                self._places.setdefault(name, _Place(modality, block, {})).levels[call] = level
+        for name, place in self._places.items():
+            module = model.get_submodule(name)
+            if self.prefix in name:
+                self._refuse_name(name)
+            if isinstance(module, LsttaLayer):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                raise ValueError(f"LSTTA can't wrap {name}, which is adapted by {type(module).__module__} already.")
+            block_width(towers[place.modality], place.block)
+        self._check_names_to_save(peft_config, model)
+
+    def _check_target_module_exists(self, peft_config: LsttaConfig, key: str) -> bool:
+        return key in self._places
+
+    def _create_and_replace(
+        self,
+        peft_config: LsttaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        place = self._places[current_key]
+        if isinstance(target, LsttaLayer):
+            target.update_layer(adapter_name, place.levels, peft_config)
+            return
+        tower = _towers_of(_find_composite(self.model)[1])[place.modality]
+        layer = LsttaLayer(target, block_width(tower, place.block), place.modality, current_key)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, place.levels, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own goes by the weight of a linear layer, which blocks don't have.
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own looks for the name at the end of a key; here it is in front of a module's keys.
+        return re.sub(rf"(\.lstta_adapter)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without the adapters."""
+        model = super().unload()
+        _, composite = _find_composite(model)
+        getattr(composite, MAKE_EXCHANGE).restore_checkpointing()
+        delattr(composite, MAKE_EXCHANGE)
+        return model
+
+
+def _find_composite(model: nn.Module) -> tuple[str, nn.Module]:
+    """The part of a model that runs towers in lockstep, and its name."""
+    for name, module in model.named_modules():
+        if hasattr(type(module), MAKE_EXCHANGE):
+            return name, module
+    raise ValueError(
+        f"LSTTA needs towers that can run in lockstep, but a {type(model).__name__} has none: build a "
+        "peft_read.TrimodalModel of your towers. A composite model of your own takes part if its forward calls the "
+        f"towers through peft_read.trimodal.composite.run_towers and its class says so by `{MAKE_EXCHANGE} = None`; "
+        "the towers are its attributes `vision_model`, `audio_model` and `text_model`."
+    )
+
+
+def _towers_of(composite: nn.Module) -> dict[str, nn.Module]:
+    towers = {modality: getattr(composite, f"{modality}_model", None) for modality in MODALITIES}
+    present = {modality: tower for modality, tower in towers.items() if isinstance(tower, nn.Module)}
+    if len(present) < 2:
+        raise ValueError(
+            f"LSTTA needs two or three towers, but the {type(composite).__name__} has {', '.join(present) or 'none'} "
+            "of `vision_model`, `audio_model` and `text_model`."
+        )
+    return present
+
+
+def _stages_around_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The parts of a model that hold adapted blocks and could be checkpointed as a whole."""
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, LsttaLayer)]
+    around = {".".join(name.split(".")[:depth]) for name in layers for depth in range(name.count(".") + 1)}
+    stages = (modules[name] for name in sorted(around))
+    return [stage for stage in stages if isinstance(stage, GradientCheckpointingLayer)]
+
+
+def _block(tower: nn.Module, modality: str, name: str) -> nn.Module:
+    try:
+        return tower.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"The {modality} tower, a {type(tower).__name__}, has no block {name!r}. `layers` of the LsttaConfig "
+            "names blocks relative to their tower, such as 'encoder.layers.0'."
+        ) from None
