@@ -23,8 +23,8 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
+from common.annotations import ANNOTATIONS  # noqa: E402
 from video_grounding import ordered_digits  # noqa: E402
-from video_grounding.annotations import ANNOTATIONS  # noqa: E402
 
 
 WITH_PVLA = ("--pvla-gradient-share", "0.05", "--pvla-states", "all_blocks")
