@@ -21,6 +21,9 @@ from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
 from .read.targets import find_feed_forward_outputs  # noqa: E402
+from .trimodal.configuration import TrimodalConfig  # noqa: E402
+from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
+from .trimodal.modeling import TrimodalModel  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
@@ -39,6 +42,10 @@ __all__ = [
     "PvlaTrainingArguments",
     "ReadConfig",
     "ReadModel",
+    "TrimodalConfig",
+    "TrimodalForFrameClassification",
+    "TrimodalForSequenceClassification",
+    "TrimodalModel",
     "VideoTextStates",
     "find_feed_forward_outputs",
     "partial_transport",

@@ -200,7 +200,7 @@ FAMILIES = {
     "parakeet": audio(
         "ParakeetEncoder",
         "layers.{}",
-        config={"num_mel_bins": MELS, "subsampling_conv_channels": 8, "conv_kernel_size": 5},
+        config={"num_mel_bins": MELS, "subsampling_conv_channels": 8, "conv_kernel_size": 5, "layerdrop": 0.0},
         inputs="features",
     ),
     "clap_audio": Family(

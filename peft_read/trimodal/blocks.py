@@ -63,7 +63,7 @@ def block_width(tower: nn.Module, name: str) -> int:
     if not sizes:
         raise ValueError(f"The width of {name}, a {type(block).__name__}, can't be told: it has no norm with weights.")
     hidden_size: int | None = getattr(getattr(tower, "config", None), "hidden_size", None)
-    return hidden_size if hidden_size in sizes else sizes.most_common(1)[0][0]
+    return hidden_size if hidden_size is not None and hidden_size in sizes else sizes.most_common(1)[0][0]
 
 
 def blocks_of_levels(depth: int, levels: int) -> list[int]:
