@@ -24,6 +24,7 @@ from .read.targets import find_feed_forward_outputs  # noqa: E402
 from .trimodal.configuration import TrimodalConfig  # noqa: E402
 from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
 from .trimodal.modeling import TrimodalModel  # noqa: E402
+from .trimodal.processing import TrimodalProcessor  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
@@ -46,6 +47,7 @@ __all__ = [
     "TrimodalForFrameClassification",
     "TrimodalForSequenceClassification",
     "TrimodalModel",
+    "TrimodalProcessor",
     "VideoTextStates",
     "find_feed_forward_outputs",
     "partial_transport",

@@ -2,6 +2,8 @@
 
 import contextvars
 import gc
+import runpy
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trimodal_families import tower, tower_inputs
 
+from peft_read.trimodal import lockstep
 from peft_read.trimodal.blocks import find_blocks
 from peft_read.trimodal.lockstep import LockstepError, count_call, current_tower, meet, run_in_lockstep
 
@@ -216,8 +219,9 @@ def test_an_error_unwinds_all_towers(kind, place):
     """It names its tower; context managers and cleaning hooks of the others run; the towers can be used again."""
     names = ("vit", "ast", "bert")
     towers = watched(names)
-    left = []
+    left, greenlets = [], []
     for name, model in zip(names, towers, strict=True):
+        model.register_forward_pre_hook(lambda *_: greenlets.append(greenlet.getcurrent()))
         model.register_forward_hook(lambda *_, name=name: left.append(name), always_call=True)
 
     def fail(*_):
@@ -229,26 +233,20 @@ def test_an_error_unwinds_all_towers(kind, place):
         return given
 
     handle = towers[2].encoder.layer[2].attention.register_forward_hook(fail) if place == "tower" else None
-    live = count_greenlets()
     with torch.no_grad(), pytest.raises(kind, match="broken") as caught:
         run_in_lockstep(calls_of(names, towers), exchange)
     notes = getattr(caught.value, "__notes__", [])
     assert notes == (["(raised in the bert tower, which ran in lockstep)"] if place == "tower" else [])
     assert {"vit", "ast"} <= set(left)
     assert torch.is_grad_enabled()
-    del caught
-    assert count_greenlets() == live
+    assert len(greenlets) == 3
+    assert all(tower_greenlet.dead for tower_greenlet in greenlets)
     if handle:
         handle.remove()
     with torch.no_grad():
         expected = alone(names, [tower(name) for name in names])
         actual = run_in_lockstep(calls_of(names, towers), identity)
     assert all(torch.equal(actual[n].last_hidden_state, expected[n].last_hidden_state) for n in names)
-
-
-def count_greenlets():
-    gc.collect()
-    return sum(issubclass(type(thing), greenlet.greenlet) for thing in gc.get_objects())
 
 
 def test_an_error_of_a_tower_that_is_unwound_is_noted():
@@ -493,19 +491,44 @@ def pairwise_of(left, right):
     return zip(left, right, strict=True)
 
 
+class Tower(nn.Module):
+    """Two blocks that meet after each."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, hidden):
+        for level, block in enumerate(self.blocks):
+            hidden = meet(level, block(hidden).sin())
+        return hidden
+
+
 def test_compiled_blocks_and_compiled_runs_are_right():
-    """Blocks compile; the run itself stays outside of graphs."""
-    names = ("vit", "bert")
-    expected = alone(names, [tower(name) for name in names])
-    towers = watched(names)
-    for model in towers:
-        for block in find_blocks(model):
-            model.get_submodule(block).attention.compile(backend="eager")
-    actual = run_in_lockstep(calls_of(names, towers), identity)
-    whole = torch.compile(lambda: run_in_lockstep(calls_of(names, towers), identity), backend="eager")()
-    for name in names:
-        assert torch.equal(actual[name].last_hidden_state, expected[name].last_hidden_state)
-        assert torch.equal(whole[name].last_hidden_state, expected[name].last_hidden_state)
+    """Blocks compile without a graph break; the run itself stays outside of graphs."""
+    towers = {"a": Tower(0), "b": Tower(1)}
+    inputs = torch.ones(2, 4)
+
+    def run():
+        calls = {name: lambda model=model: model(inputs) for name, model in towers.items()}
+        return run_in_lockstep(calls, lambda level, given: {"a": given["a"] + given["b"], "b": given["b"] * 2})
+
+    expected = run()
+    whole = torch.compile(run, backend="eager")()
+    for model in towers.values():
+        for block in model.blocks:
+            block.compile(backend="eager", fullgraph=True)
+    by_block = run()
+    for name, states in expected.items():
+        assert torch.equal(whole[name], states)
+        assert torch.equal(by_block[name], states)
+
+
+def test_greenlet_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    with pytest.raises(ImportError, match="pip install greenlet"):
+        runpy.run_path(lockstep.__file__)
 
 
 def test_dropout_is_reproducible():

@@ -16,17 +16,13 @@ from transformers import (
     TrainingArguments,
 )
 from trimodal_families import (
-    AUDIO,
     BATCH,
     FAMILIES,
     FRAMES,
     IMAGE,
-    MEL_FRAMES,
     PICTURE,
     SIZES,
-    TEXT,
     TOKENS,
-    VISION,
     VOCAB,
     frame_inputs,
     sound_inputs,
@@ -41,7 +37,9 @@ from peft_read import (
     TrimodalForSequenceClassification,
     TrimodalModel,
 )
+from peft_read.trimodal.blocks import find_blocks
 from peft_read.trimodal.composite import LockstepBatch, TowerBatch, run_towers
+from peft_read.trimodal.hidden_states import show_hidden_states
 from peft_read.trimodal.lockstep import meet
 from peft_read.trimodal.losses import classification_loss
 
@@ -520,6 +518,38 @@ def test_a_composite_of_ones_own_takes_part():
     assert (model(**inputs)["text"].last_hidden_state - before["text"].last_hidden_state).abs().max() > 1e-3
 
 
-def test_the_table_covers_all_modalities():
-    assert set(FAMILIES) == {*VISION, *AUDIO, *TEXT}
-    assert MEL_FRAMES
+class Shift(nn.Module):
+    """A block with an adapter behind it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **kwargs):
+        output = self.block(*args, **kwargs)
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        shifted = hidden + 0.5
+        show_hidden_states(hidden, shifted)
+        return shifted if isinstance(output, torch.Tensor) else (shifted, *output[1:])
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+@pytest.mark.parametrize("family", ["vit", "timesformer", "ast", "wav2vec2", "bert", "mpnet", "t5", "modernbert"])
+@torch.no_grad()
+def test_hidden_states_are_the_adapted_ones(family):
+    """Of models that collect by hooks, and of those that do so in their forward: what the next block is given."""
+    model = tower(family)
+    seen = []
+    for name in find_blocks(model):
+        parent, _, child = name.rpartition(".")
+        block = Shift(model.get_submodule(name))
+        setattr(model.get_submodule(parent), child, block)
+        block.block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    outputs = model(**tower_inputs(family), output_hidden_states=True)
+    inside = [states for states in outputs.hidden_states if states.shape == seen[1].shape]
+    assert any(torch.equal(states, seen[1]) for states in inside)
