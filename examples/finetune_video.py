@@ -28,6 +28,7 @@ import torch
 import transformers
 from common.annotations import SPLITS, decode_clips
 from common.files import RESULTS, check_output
+from common.training import train
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
 from video_grounding import ordered_digits
@@ -35,7 +36,7 @@ from video_grounding.annotations import Annotation, read_annotations
 from video_grounding.features import Collator, FrameEncoder, make_examples
 from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.report import draw_saliency
-from video_grounding.training import Examples, grounding_metrics, predict, train
+from video_grounding.training import Examples, grounding_metrics, predict
 
 from peft_read import PvlaTrainer
 from peft_read.pvla.picture import ExamplePlan

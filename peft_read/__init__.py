@@ -1,6 +1,6 @@
-"""READ for Hugging Face PEFT: recurrent adapters for video, audio and language models.
+"""READ and LSTTA for Hugging Face PEFT: adapters for video, audio and language models.
 
-Importing the package makes `READ` a method of PEFT like any built-in one.
+Importing the package makes `READ` and `LSTTA` methods of PEFT like any built-in ones.
 """
 
 from .registration import add_peft_type, register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,7 @@ class Annotation:
             seconds: length of the clip.
         """
         times = [(frame + 0.5) * seconds / frames for frame in range(frames)]
-        return [
-            next((answer for start, end, answer in self.answers if start <= time < end), None) for time in times
-        ]
+        return [next((answer for start, end, answer in self.answers if start <= time < end), None) for time in times]
 
 
 def read_annotations(folder: Path) -> list[Annotation]:
@@ -72,7 +71,7 @@ def _annotation(entry: dict[str, Any], folder: Path, line: str) -> Annotation:
     if not isinstance(answers, list) or not all(map(_is_answer, answers)):
         raise ValueError(f"{line}: `answers` must be a list of [start, end, answer], start < end, got {answers!r}.")
     ordered = sorted((float(start), float(end), answer) for start, end, answer in answers)
-    for (_, end, _), (start, _, _) in zip(ordered, ordered[1:], strict=False):
+    for (_, end, _), (start, _, _) in pairwise(ordered):
         if start < end:
             raise ValueError(f"{line}: two `answers` overlap at {start} seconds; a frame has one at most.")
     return Annotation(folder / entry["video"], entry["query"], entry["split"], tuple(ordered), line)

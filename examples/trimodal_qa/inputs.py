@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from peft_read.trimodal.processing import TrimodalProcessor
+from peft_read import TrimodalProcessor
 
 from .annotations import Annotation, length_of
 

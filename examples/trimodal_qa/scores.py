@@ -16,7 +16,9 @@ THRESHOLDS = np.arange(0.05, 1, 0.05)
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int = 50) -> list[np.ndarray]:
+def predict(
+    model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int = 50
+) -> list[np.ndarray]:
     """Probability of every answer, and of none, which comes last: `(frames, answers + 1)` for each example."""
     model.eval()
     device = next(model.parameters()).device

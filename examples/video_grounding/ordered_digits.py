@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from common.annotations import ANNOTATIONS
 from common.embedded import WORDS, Digits, digit_images, text_encoder_path
 from common.files import finished
+from common.training import train
 from sklearn.linear_model import Ridge
 from torch import nn
 from tqdm import tqdm
@@ -26,7 +27,6 @@ from transformers import AutoModel, AutoTokenizer, ResNetConfig, ResNetModel, Vi
 
 from .features import Collator, FrameEncoder, tokenize
 from .modeling import GroundingConfig, GroundingModel
-from .training import train
 
 
 NUM_CLIPS = 24
