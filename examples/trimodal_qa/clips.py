@@ -2,8 +2,8 @@
 
 Each frame lasts a quarter of a second. In `short` clips each of 8 frames shows a digit, and three have a low tone and
 three a high one. `two_digits` is the same with a digit in both halves of each frame: the question says where to look.
-`long` clips have 64 frames in shots of four, most of which don't matter: in each shot one frame shows a digit, and some
-shots have a sound, at any of their frames; the answer is the digit of the shot with the tone.
+`long` clips have 64 frames in shots of four, most of which don't matter: one frame of each shot shows a digit, half of
+the shots have a sound, at any of their frames, and the answers are the digits of the shots with the tone.
 """
 
 from __future__ import annotations

@@ -77,14 +77,14 @@ class LateFusion(nn.Module):
     """Reads the answer of every frame off what the towers found.
 
     Args:
-        example: one that `encode` gave, for its sizes.
+        examples: what `encode` gave, for its sizes.
         classes: number of answers, and none.
         digit_head: adds what it reads off the pictures alone, normalised; trained further.
     """
 
-    def __init__(self, example: Example, classes: int, digit_head: nn.Linear | None) -> None:
+    def __init__(self, examples: Sequence[Example], classes: int, digit_head: nn.Linear | None) -> None:
         super().__init__()
-        self.sizes = {name: example[name].shape[-1] for name in ("pictures", "sounds", "words")}
+        self.sizes = {name: examples[0][name].shape[-1] for name in ("pictures", "sounds", "words")}
         self.classes = classes
         self.digit_head = digit_head
 
@@ -141,13 +141,13 @@ class TokenTransformer(LateFusion):
     A picture and the sound of the same frame carry the same learned time code.
 
     Args:
-        frames: the most that there are.
         width: of its layers.
         layers: how many.
     """
 
-    def __init__(self, *args: Any, frames: int, width: int = 64, layers: int = 2) -> None:
-        super().__init__(*args)
+    def __init__(self, examples: Sequence[Example], *args: Any, width: int = 64, layers: int = 2) -> None:
+        super().__init__(examples, *args)
+        frames = max(len(example["labels"]) for example in examples)
         self.projections = nn.ModuleDict(
             {name: nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width)) for name, size in self.sizes.items()}
         )

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from common.training import Collate
 from sklearn.metrics import f1_score
 from torch import nn
 
-from .inputs import Collator, Example
+from .inputs import Example
 
 
 THRESHOLDS = np.arange(0.05, 1, 0.05)
@@ -17,7 +18,7 @@ THRESHOLDS = np.arange(0.05, 1, 0.05)
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, examples: Sequence[Example], collator: Collator, batch_size: int = 50
+    model: nn.Module, examples: Sequence[Example], collator: Collate, batch_size: int = 50
 ) -> list[np.ndarray]:
     """Probability of every answer, and of none, which comes last: `(frames, answers + 1)` for each example."""
     model.eval()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
+from peft_read import TrimodalForFrameClassification
+
 from . import clips
 
 
@@ -100,6 +102,22 @@ def _train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+
+
+def start_from_digits(model: TrimodalForFrameClassification, head: nn.Linear) -> None:
+    """Let a model start with logits that a head reads off the pictures alone.
+
+    Args:
+        model: as wide as the head where it fuses.
+        head: what `digit_head` gives.
+    """
+    with torch.no_grad():
+        for projection in model.fusion.projections.values():
+            projection.weight.zero_()
+            projection.bias.zero_()
+        nn.init.eye_(model.fusion.projections["vision"].weight)
+        model.classifier.weight.copy_(head.weight)
+        model.classifier.bias.copy_(head.bias)
 
 
 def digit_head(vision_tower: str | Path, labels: list[str]) -> nn.Linear | None:
