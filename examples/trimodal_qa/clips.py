@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 FRAMES = {"short": 8, "two_digits": 8, "long": 64}
 SIZES = {"train": 400, "validation": 200, "test": 400}
+LONG_SIZES = {"train": 400, "validation": 100, "test": 200}
 SHOT = 4  # frames of a long clip that belong together
 FRAME_SECONDS = 0.25
 RATE = 16000  # samples a second
@@ -117,14 +118,13 @@ def render_sound(rng: np.random.Generator, sounds: np.ndarray) -> np.ndarray:
     return wave.astype(np.float32)
 
 
-def make_dataset(folder: Path, kind: str, seed: int = 0, sizes: dict[str, int] = SIZES) -> None:
+def make_dataset(folder: Path, kind: str, seed: int = 0) -> None:
     """Write clips as mp4 files with a sound track, with annotations, unless they exist.
 
     Args:
         folder: where to.
         kind: a key of `FRAMES`.
         seed: of the training and validation clips; test clips, of other images, are always the same.
-        sizes: number of clips in each split.
     """
     if folder.exists():
         return
@@ -132,12 +132,12 @@ def make_dataset(folder: Path, kind: str, seed: int = 0, sizes: dict[str, int] =
     lines = []
     with finished(folder) as draft:
         (draft / "clips").mkdir()
-        for split, count in sizes.items():
-            rng = np.random.default_rng((list(sizes).index(split), 0 if split == "test" else seed))
+        for number, (split, count) in enumerate((LONG_SIZES if kind == "long" else SIZES).items()):
+            rng = np.random.default_rng((number, 0 if split == "test" else seed))
             pool = images["test" if split == "test" else "train"]
-            for number in tqdm(range(count), desc=f"make {split} clips", leave=False):
+            for index in tqdm(range(count), desc=f"make {split} clips", leave=False):
                 clip = make_clip(rng, kind)
-                name = f"clips/{split}_{number:03d}.mp4"
+                name = f"clips/{split}_{index:03d}.mp4"
                 frames = np.stack([render_frame(rng, digits, pool) for digits in clip.digits])
                 write_clip(draft / name, frames, render_sound(rng, clip.sounds))
                 answers = [

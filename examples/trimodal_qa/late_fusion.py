@@ -113,26 +113,30 @@ class FrameMlp(LateFusion):
     """A perceptron on each frame's picture, its sound and the mean of the words, side by side.
 
     Args:
-        pool_sound: give every frame the mean over the clip's sound, in place of its own.
+        window: frames that share the mean over their sound; all of the clip's where None.
         hidden: width of the hidden layer.
     """
 
-    def __init__(self, *args: Any, pool_sound: bool = False, hidden: int = 256) -> None:
+    def __init__(self, *args: Any, window: int | None = 1, hidden: int = 256) -> None:
         super().__init__(*args)
-        self.pool_sound = pool_sound
+        self.window = window
         self.norms = nn.ModuleDict({name: nn.LayerNorm(size) for name, size in self.sizes.items()})
         width = sum(self.sizes.values())
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, self.classes))
 
     def fuse(self, batch: dict[str, Tensor]) -> Tensor:
-        frames = batch["frame_mask"][..., None]
-        sounds = batch["sounds"]
-        if self.pool_sound:
-            sounds = ((sounds * frames).sum(1, keepdim=True) / frames.sum(1, keepdim=True)).expand_as(sounds)
-        real = batch["word_mask"][..., None]
-        words = (batch["words"] * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        parts = {"pictures": batch["pictures"], "sounds": sounds, "words": words.expand(-1, frames.shape[1], -1)}
+        frames = batch["frame_mask"].shape[1]
+        sounds = _mean_in_windows(batch["sounds"], batch["frame_mask"], self.window or frames)
+        words = _mean_in_windows(batch["words"], batch["word_mask"], batch["words"].shape[1])[:, :1]
+        parts = {"pictures": batch["pictures"], "sounds": sounds, "words": words.expand(-1, frames, -1)}
         return self.mlp(torch.cat([self.norms[name](part) for name, part in parts.items()], -1))
+
+
+def _mean_in_windows(values: Tensor, real: Tensor, window: int) -> Tensor:
+    """`values (batch, steps, dim)`, each the mean over what is real of the window that it is in."""
+    windows = torch.arange(values.shape[1], device=values.device) // window
+    together = ((windows[:, None] == windows) & real[:, None]).to(values.dtype)
+    return together @ values / together.sum(-1, keepdim=True).clamp(min=1)
 
 
 class TokenTransformer(LateFusion):

@@ -111,7 +111,8 @@ METHODS: dict[str, Lstta | Late] = {
     "window-4": Lstta(settings={"window": 4}),
     "window-4-no-filter": Lstta(settings={"window": 4, "frame_filter": False}),
     "late-mlp": Late(late_fusion.FrameMlp),
-    "late-mlp-pooled-sound": Late(late_fusion.FrameMlp, {"pool_sound": True}),
+    "late-mlp-pooled-sound": Late(late_fusion.FrameMlp, {"window": None}),
+    "late-mlp-window-4": Late(late_fusion.FrameMlp, {"window": 4}),
     "late-attention": Late(late_fusion.TokenTransformer),
 }
 DEFAULT = ("lstta", "vision+sound", "vision+text", "sound+text", "shuffled-sound")

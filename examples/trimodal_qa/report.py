@@ -11,6 +11,8 @@ import numpy as np
 
 from peft_read.trimodal.media import read_frames, read_sound
 
+from .annotations import length_of
+
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -47,7 +49,7 @@ def draw_answers(path: Path, clips: Sequence[Shown]) -> None:
         path: the PNG to write.
         clips: what to draw.
     """
-    heights = [1.2, 0.8, 0.8, 0.25 * (1 + len(clips[0].answers))]
+    heights = [0.6, 0.8, 0.8, 0.25 * (1 + len(clips[0].answers))]
     figure, axes = plt.subplots(
         len(heights) * len(clips),
         1,
@@ -78,7 +80,9 @@ def _draw_sound(axis: Axes, clip: Shown) -> None:
     if sound is None:
         axis.set_axis_off()
         return
-    axis.specgram(sound, NFFT=512, Fs=RATE, noverlap=256, xextent=(0, len(clip.truth)))
+    # Its end may lie beyond that of the pictures, as encoders fill up their last frame.
+    end = len(clip.truth) * len(sound) / RATE / length_of(clip.video)
+    axis.specgram(sound, NFFT=512, Fs=RATE, noverlap=256, xextent=(0, end))
     axis.set(xlim=(0, len(clip.truth)), ylim=(0, RATE / 4), xticks=[], yticks=[], ylabel="sound")
 
 

@@ -1,0 +1,97 @@
+"""Methods compared on the clips of `trimodal_question_answering.py`: test F1, mean and standard deviation over seeds.
+
+    python examples/benchmarks/trimodal_methods.py
+    python examples/benchmarks/trimodal_methods.py --clips long
+    python examples/benchmarks/trimodal_methods.py --clips two_digits
+
+Runs that script once per seed, each in a process of its own, and prints the tables of the README. A seed changes the
+training and validation clips, the initialisation and the order; towers and test clips are always the same. Seeds that
+have been run are read from the output folder, not run again. Long clips take hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+SCRIPT = Path(__file__).parents[1] / "trimodal_question_answering.py"
+METHODS = {
+    "lstta": "LSTTA, window 1",
+    "no-filter": "same, no filter",
+    "window-4": "LSTTA, window 4",
+    "window-4-no-filter": "same, no filter",
+    "one-level": "LSTTA, window 1, after the last blocks only",
+    "vision+sound": "LSTTA, pictures and sound",
+    "vision+text": "LSTTA, pictures and text",
+    "sound+text": "LSTTA, sound and text",
+    "shuffled-sound": "LSTTA, the frames' sounds in another order",
+    "late-mlp": "late fusion: MLP on each frame's picture and sound, and text",
+    "late-mlp-window-4": "late fusion: same, the sound's mean over four frames",
+    "late-mlp-pooled-sound": "late fusion: same, the sound's mean over the clip",
+    "late-attention": "late fusion: attention over all pictures, sounds and words",
+}
+# By kind of clips, the training steps and the methods.
+RUNS: dict[str, tuple[int, list[str]]] = {
+    "short": (150, [name for name in METHODS if name not in ("window-4-no-filter", "late-mlp-window-4")]),
+    "long": (
+        300,
+        ["lstta", "no-filter", "window-4", "window-4-no-filter", "late-mlp", "late-mlp-window-4", "late-attention"],
+    ),
+    "two_digits": (300, ["lstta", "one-level", "late-mlp", "late-attention"]),
+}
+
+
+def main() -> None:
+    """Run all seeds, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", default="short", choices=RUNS, help="which clips (default: short)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--steps", type=int, help="training steps (default: 150 for short clips, else 300)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="which methods (default: those of the README)")
+    parser.add_argument("--output", type=Path, default=Path("runs/trimodal_methods"), help="folder for the results")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft_read", help="made once")
+    args = parser.parse_args()
+    steps, methods = args.steps or RUNS[args.clips][0], args.methods or RUNS[args.clips][1]
+    runs = [run(args, seed, steps, methods) for seed in tqdm(range(args.seeds), desc="seeds", leave=False)]
+    print(f"Test F1 after {steps} steps, {args.clips} clips, {args.seeds} seeds")
+    print("| method | trained weights | test F1 | by seed | seconds |\n|---|---|---|---|---|")
+    for method in methods:
+        scores = [results[method]["test"] for results in runs]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        cells = [METHODS[method], f"{runs[0][method]['trainable weights']:,}"]
+        cells += [f"{statistics.mean(scores):.1f} ± {spread:.1f}", ", ".join(f"{score:.1f}" for score in scores)]
+        cells.append(f"{statistics.mean(results[method]['training seconds'] for results in runs):.0f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def run(args: argparse.Namespace, seed: int, steps: int, methods: list[str]) -> dict[str, Any]:
+    """The results of one seed; an interrupted run goes on with the method at which it stopped."""
+    folder = args.output / f"{args.clips}_{steps}_steps_seed_{seed}"
+    results = results_in(folder)
+    missing = [method for method in methods if method not in results]
+    if missing:
+        command = [sys.executable, str(SCRIPT), "--clips", args.clips, "--methods", *missing]
+        command += ["--steps", str(steps), "--seed", str(seed)]
+        command += ["--output", str(folder / f"{len(results)}"), "--cache", str(args.cache)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return results_in(folder)
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    """By method, the results of all runs below a folder."""
+    results: dict[str, Any] = {}
+    for file in sorted(folder.glob("*/results.json")):
+        results |= json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+if __name__ == "__main__":
+    main()
