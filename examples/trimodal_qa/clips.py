@@ -154,7 +154,7 @@ def write_clip(path: Path, frames: np.ndarray, sound: np.ndarray) -> None:
         video = container.add_stream("libx264", rate=round(1 / FRAME_SECONDS))
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
-        video.options = {"crf": "18", "preset": "veryfast"}
+        video.options = {"crf": "18", "preset": "veryfast", "threads": "1"}
         audio = container.add_stream("aac", rate=RATE)
         audio.layout = "mono"
         for frame in frames:

@@ -25,39 +25,50 @@ def encode(model: TrimodalForFrameClassification, examples: Sequence[Example], b
     """What the frozen towers find in each example, once and for all.
 
     Returns:
-        For each example `pictures (frames, 2 * width)`, the mean of a frame's tokens and the first; `sounds (frames,
-        width)`, the mean over the time of each frame; `words (words, width)`; and `labels (frames,)`.
+        For each example `pictures (frames, 2 * width)`, the mean of a frame's tokens and the first one; `sounds
+        (frames, width)`, the mean over the time of each frame, zeros without sound; `words (words, width)`; and
+        `labels (frames,)`.
     """
     model.eval()
-    collate = Collator()
+    pad = Collator()
     encoded = []
     for start in tqdm(range(0, len(examples), batch_size), desc="encode clips", leave=False):
         part = list(examples[start : start + batch_size])
-        batch = collate(part)
+        batch = pad(part)
         output = model(**{name: values for name, values in batch.items() if name != "labels"})
-        states = {m: output[f"{m}_model_output"].last_hidden_state for m in ("vision", "audio", "text")}
-        steps = batch["audio_mask"].shape[1]
-        pictures, _ = _described(model, "vision", len(part), batch["pixel_values"].shape[1]).split(states["vision"])
-        sounds, _ = _described(model, "audio", len(part), steps).split(states["audio"])
+        pictures = _in_time(model, "vision", output.vision_model_output, batch.get("frame_mask"))
+        sounds = _in_time(model, "audio", output.audio_model_output, batch.get("audio_mask"))
         for row, example in enumerate(part):
             frames = len(example["labels"])
-            seen = pictures[row, :frames]
-            heard = F.adaptive_avg_pool1d(sounds[row].mean(1).T[None], frames)[0].T
-            words = states["text"][row, : len(example["input_ids"])]
-            first = seen[:, 0]
+            seen = [pictures[row].mean(1), pictures[row][:, 0]]
+            heard = sounds[row].mean(1) if sounds else torch.zeros(0, model.audio_model.config.hidden_size)
             encoded.append(
                 {
-                    "pictures": torch.cat([seen.mean(1), first], -1),
-                    "sounds": heard,
-                    "words": words,
+                    "pictures": torch.cat([_at_frames(states, frames) for states in seen], -1),
+                    "sounds": _at_frames(heard, frames),
+                    "words": output.text_model_output.last_hidden_state[row, : len(example["input_ids"])],
                     "labels": example["labels"],
                 }
             )
     return encoded
 
 
-def _described(model: TrimodalForFrameClassification, modality: str, size: int, steps: int) -> TowerBatch:
-    return TowerBatch.of(modality, getattr(model, f"{modality}_model"), size, steps)
+def _in_time(model: TrimodalForFrameClassification, modality: str, output: Any, mask: Tensor | None) -> list[Tensor]:
+    """A tower's states of each sample, `(steps, tokens, width)`, those that are real; nothing of an absent tower."""
+    if output is None or mask is None:
+        return []
+    batch = TowerBatch.of(modality, getattr(model, f"{modality}_model"), *mask.shape, mask)
+    timed, untimed = batch.split(output.last_hidden_state)
+    real = batch.masks(timed, untimed)[0 if timed is not None else 1]
+    states = timed if timed is not None else untimed.mean(1)[:, None, None]
+    return [row[there] for row, there in zip(states, real[:, : states.shape[1]], strict=True)]
+
+
+def _at_frames(states: Tensor, frames: int) -> Tensor:
+    """Mean over the time of each frame of states `(steps, width)`, `(frames, width)`; zeros where there are none."""
+    if not len(states):
+        return states.new_zeros(frames, states.shape[1])
+    return F.adaptive_avg_pool1d(states.T[None], frames)[0].T
 
 
 def collate(examples: list[Example]) -> dict[str, Tensor]:
