@@ -15,7 +15,7 @@ import torch
 from test_trimodal_blocks import first, watch_blocks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from trimodal_families import tower, tower_inputs
+from trimodal_families import enable_checkpointing, tower, tower_inputs
 
 from peft_read.trimodal import lockstep
 from peft_read.trimodal.blocks import find_blocks
@@ -65,7 +65,7 @@ def prepare(towers, mode):
     for model in towers:
         model.train(mode != "eval").requires_grad_(True)
         if mode.startswith("checkpoint"):
-            model.activation_checkpointing_enable({"use_reentrant": mode == "checkpoint_reentrant"})
+            enable_checkpointing(model, mode == "checkpoint_reentrant")
     return towers
 
 
@@ -435,7 +435,7 @@ def test_nothing_keeps_activations_alive(train):
     gc.disable()
     try:
         outputs = run_in_lockstep(calls_of(names, towers), lambda level, given: {n: h * 1 for n, h in given.items()})
-        alive = [weakref.ref(hidden) for _, hidden in notes]
+        alive = [weakref.ref(hidden) for hidden in notes]
         notes.clear()
         if train:
             loss_of(outputs).backward()
@@ -465,7 +465,7 @@ def test_a_checkpoint_around_meeting_blocks_is_refused(use_reentrant):
 
 def test_swins_checkpointed_stages_are_refused():
     model = watched(["swin"])[0].train().requires_grad_(True)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model, use_reentrant=False)
     with pytest.raises(LockstepError, match="inside of a part that is checkpointed") as caught:
         run_in_lockstep({"vision": lambda: model(**tower_inputs("swin"))}, identity)
     assert "vision tower" in caught.value.__notes__[0]
@@ -491,38 +491,50 @@ def pairwise_of(left, right):
     return zip(left, right, strict=True)
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        return self.linear(hidden).sin()
+
+
 class Tower(nn.Module):
     """Two blocks that meet after each."""
 
     def __init__(self, seed):
         super().__init__()
         torch.manual_seed(seed)
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
 
     def forward(self, hidden):
         for level, block in enumerate(self.blocks):
-            hidden = meet(level, block(hidden).sin())
+            hidden = meet(level, block(hidden))
         return hidden
 
 
-def test_compiled_blocks_and_compiled_runs_are_right():
+@pytest.mark.parametrize("what", ["blocks", "all"])
+def test_compiled_blocks_and_compiled_runs_are_right(what):
     """Blocks compile without a graph break; the run itself stays outside of graphs."""
+    torch._dynamo.reset()
     towers = {"a": Tower(0), "b": Tower(1)}
     inputs = torch.ones(2, 4)
 
+    @torch.no_grad()
     def run():
         calls = {name: lambda model=model: model(inputs) for name, model in towers.items()}
         return run_in_lockstep(calls, lambda level, given: {"a": given["a"] + given["b"], "b": given["b"] * 2})
 
     expected = run()
-    whole = torch.compile(run, backend="eager")()
-    for model in towers.values():
-        for block in model.blocks:
-            block.compile(backend="eager", fullgraph=True)
-    by_block = run()
-    for name, states in expected.items():
-        assert torch.equal(whole[name], states)
-        assert torch.equal(by_block[name], states)
+    if what == "all":
+        actual = torch.compile(run, backend="eager")()
+    else:
+        for model in towers.values():
+            for block in model.blocks:
+                block.compile(backend="eager", fullgraph=True)
+        actual = run()
+    assert all(torch.equal(actual[name], states) for name, states in expected.items())
 
 
 def test_greenlet_is_asked_for_by_name(monkeypatch):

@@ -230,7 +230,10 @@ def test_save_and_load(kind, tmp_path):
 def test_the_processors_of_towers(tmp_path):
     for name, part in (("v", images()), ("a", Wav2Vec2FeatureExtractor()), ("t", tokenizer())):
         part.save_pretrained(tmp_path / name)
-    ours = TrimodalProcessor.from_pretrained_towers(*(str(tmp_path / name) for name in "vat"), num_frames=2)
+    try:
+        ours = TrimodalProcessor.from_pretrained_towers(*(str(tmp_path / name) for name in "vat"), num_frames=2)
+    except ImportError as error:
+        pytest.skip(f"this version of transformers needs torchvision to choose an image processor: {error}")
     batch = ours(videos=[np.zeros((5, 8, 8, 3), np.uint8)], audio=[np.zeros(RATE)], text=["seen"], sampling_rate=RATE)
     assert batch["pixel_values"].shape == (1, 2, 3, SIDE, SIDE)
 

@@ -382,3 +382,9 @@ def tower_inputs(family: str) -> dict[str, torch.Tensor]:
     if family == "vjepa2":
         return {"pixel_values_videos": pixels}
     return {"pixel_values": pixels if family in ("videomae", "timesformer", "vivit") else pixels.flatten(0, 1)}
+
+
+def enable_checkpointing(model: transformers.PreTrainedModel, use_reentrant: bool) -> None:
+    """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor
@@ -271,7 +272,8 @@ class TrimodalProcessor(PushToHubMixin):
         kinds = {}
         for name in ("vision", "audio", "text"):
             if (part := getattr(self, name)) is not None:
-                kinds[name] = name if name != "vision" else "video" if self._is_video_processor() else "image"
+                kind = name if name != "vision" else "video" if self._is_video_processor() else "image"
+                kinds[name] = {"kind": kind, "class": type(part).__name__}
                 part.save_pretrained(folder / name)
         options = {"num_frames": self.num_frames, "frame_padding": self.frame_padding}
         content = {"processor_class": type(self).__name__, "parts": kinds} | options
@@ -297,9 +299,16 @@ class TrimodalProcessor(PushToHubMixin):
         if not (folder / PROCESSOR_NAME).is_file():
             raise OSError(f"There is no trimodal processor in {pretrained_model_name_or_path}: no {PROCESSOR_NAME}.")
         content = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
-        parts = {name: LOADERS[kind].from_pretrained(folder / name) for name, kind in content["parts"].items()}
+        parts = {name: _load(folder / name, part["kind"], part["class"]) for name, part in content["parts"].items()}
         options = {name: kwargs.get(name, content[name]) for name in ("num_frames", "frame_padding")}
         return cls(**parts, **options)
+
+
+def _load(folder: Path, kind: str, name: str) -> Any:
+    try:
+        return LOADERS[kind].from_pretrained(folder)
+    except ImportError:  # older versions of transformers choose between classes only if they have torchvision
+        return getattr(transformers, name).from_pretrained(folder)
 
 
 def _is_path(item: Any) -> bool:
