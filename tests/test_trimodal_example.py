@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimodal_question_answering
 from common.annotations import ANNOTATIONS
 from common.embedded import WORDS, digit_images
 from safetensors.torch import save_file
@@ -340,17 +341,22 @@ def test_a_users_own_clips_and_towers(tmp_path, tiny_towers):
     assert list(results) == methods
 
 
-def test_mistakes_on_the_command_line_are_told_at_once(tmp_path):
-    """Before anything is made: a folder of the user's, towers that don't go together, no such method."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious", encoding="utf-8")
-    for arguments, message in (
-        (["--output", tmp_path / "mine"], "wasn't written by this script"),
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "mine"], "mine isn't empty and wasn't written by this script"),
         (["--vision", "my_tower"], "--vision, --audio and --text go together"),
         (["--methods", "lora"], "invalid choice: 'lora'"),
-    ):
-        done = run("--output", tmp_path / "out", *arguments, "--cache", tmp_path / "cache")
-        assert done.returncode != 0
-        assert message in done.stderr
-        assert not (tmp_path / "cache").exists()
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+        (["--steps", "0"], "--steps and --frames must be positive"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told_at_once(tmp_path, monkeypatch, capsys, arguments, message):
+    """Before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine", "thesis.txt").write_text("precious", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--cache", "cache", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        trimodal_question_answering.main()
+    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+    assert [str(path) for path in Path().rglob("*")] == ["mine", "mine/thesis.txt"]
