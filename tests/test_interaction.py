@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from peft_read.lstta.interaction import FrameFilter, Stream, interact, short_term_interaction
+from peft_read.lstta.interaction import TIME_PREFERENCE, FrameFilter, Stream, interact, short_term_interaction
 from peft_read.lstta.windows import plan_windows
 
 
@@ -129,7 +129,10 @@ def naive_short_term(streams, masks, batch, window, importance=None):
                 for t, index, time in placed.get(tower, []):
                     if index != w:
                         continue
-                    code = sinusoids(time, math.pi / window, math.pi, R // HEADS // 2).repeat(HEADS)
+                    size = R // HEADS  # the first of the two heads looks by time
+                    strength = math.sqrt(TIME_PREFERENCE * 2 / size * math.sqrt(size)) if window > 1 else 0
+                    code = strength * sinusoids(time, math.pi / window, math.pi, size // 2)
+                    code = torch.cat([code, torch.zeros(R - size, dtype=torch.float64)])
                     g = importance[b, t] if tower == "vision" and importance is not None else torch.tensor(1.0)
                     for n in range(s.timed.shape[2]):
                         q, k, v = s.timed[b, t, n].split(R)
@@ -436,18 +439,32 @@ def test_sound_windows_depend_on_the_valid_length_alone():
 
 
 def test_time_code_tells_frames_of_a_window_apart():
-    """Alike frames are told different things at different times: only the code tells them apart."""
-    streams = make_streams(("vision", "audio"))
-    same = streams["vision"].timed[:, :1].expand(-1, 8, -1, -1)
-    streams["vision"] = Stream(same, None)
-    told = short_term_interaction(streams, plan(streams), num_heads=HEADS)["vision"].timed
-    assert not torch.allclose(told[:, 0], told[:, 1], atol=1e-3)
-    one = plan(streams, window=1)
-    sound = streams["audio"].timed[:, :1].expand(-1, 11, -1, -1)
-    alone = {"vision": streams["vision"], "audio": Stream(sound, None)}
-    told = short_term_interaction(alone, one, num_heads=HEADS)["vision"].timed
-    # In windows of one frame there is nothing to tell apart but how many steps of sound a frame has: 11 over 8 frames.
-    torch.testing.assert_close(told[:, 0], told[:, 3], **CLOSE)
+    """Frames that look alike hear, with the heads that look by time, what sounds while they are seen."""
+    same = torch.zeros(1, 4, 1, 3 * R, dtype=torch.float64)
+    sound = torch.zeros(1, 8, 1, 3 * R, dtype=torch.float64)
+    sound[0, :, 0, 2 * R] = torch.arange(8)  # a value of the first head
+    sound[0, :, 0, 3 * R - 1] = torch.arange(8)  # and one of the last
+    streams = {"vision": Stream(same, None), "audio": Stream(sound, None)}
+    told = short_term_interaction(streams, plan(streams, batch=1, window=4), num_heads=HEADS)["vision"].timed[0, :, 0]
+    # Two steps of sound to a frame: 0 and 1, 2 and 3, ...
+    torch.testing.assert_close(told[:, 0], torch.tensor([0.5, 2.5, 4.5, 6.5], dtype=torch.float64), rtol=0, atol=0.3)
+    torch.testing.assert_close(told[:, -1], told[:1, -1].expand(4), **CLOSE)
+
+
+def test_text_is_seen_beside_simultaneous_sound():
+    """Half of the heads give every token alike the same weight, in or out of time."""
+    streams = make_streams()
+    streams = {
+        tower: Stream(*(None if x is None else torch.cat([0 * x[..., : 2 * R], x[..., 2 * R :]], -1) for x in parts))
+        for tower, s in streams.items()
+        for parts in [(s.timed, s.untimed)]
+    }
+    windows = plan(streams, window=8)
+    told = short_term_interaction(streams, windows, num_heads=HEADS)["vision"].timed
+    values = [streams["audio"].timed[0, ..., 2 * R :].reshape(-1, R), streams["audio"].untimed[0, :, 2 * R :]]
+    values += [streams["text"].untimed[0, :, 2 * R :], torch.zeros(1, R, dtype=torch.float64)]
+    size = R // HEADS
+    torch.testing.assert_close(told[0, 3, 1, size:], torch.cat(values).mean(0)[size:], **CLOSE)
 
 
 def test_gradients_in_float64():

@@ -26,7 +26,7 @@ class LsttaConfig(PeftConfig):
 
     Args:
         r: width of the bottleneck; a multiple of `2 * num_heads`.
-        num_heads: attention heads in it.
+        num_heads: attention heads in it; half of them look by time, at what is simultaneous.
         window: time steps of the vision tower in a window.
         num_audio_windows: equal windows of the valid sound, for clips without pictures.
         num_levels: how often the towers meet, evenly over their depths; by default the depth of the shallowest tower.
@@ -37,7 +37,8 @@ class LsttaConfig(PeftConfig):
         act_fn: activation after the down-projection, a key of transformers' `ACT2FN` without weights of its own.
         dropout: probability with which entries of an adapter's output are dropped in training.
         scaling: factor of an adapter's output.
-        modules_to_save: modules, such as a task head, that are trained and saved beside the adapters.
+        modules_to_save: modules that are trained and saved beside the adapters, such as a task head, and the `fusion`
+            of a `TrimodalModel`, which starts at random.
         init_weights: start as the base model (default); False starts the up-projections at random too, which only
             tests need.
 

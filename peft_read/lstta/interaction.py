@@ -22,6 +22,8 @@ from .windows import Windows
 UNSUPPRESSED = math.log(0.9 / 0.1)
 # Periods over a clip of the slowest and of the fastest sinusoid that tells where in it a frame lies.
 PERIODS = (0.5, 32.0)
+# By how much heads that look by time prefer simultaneous tokens to others, in logits.
+TIME_PREFERENCE = 12.0
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,10 @@ def short_term_interaction(
     """Within every window, tokens attend to those of the other towers; all windows at once.
 
     Queries and keys of timed tokens carry a time code, the same for all towers: an image tower doesn't know which
-    frame it sees. Untimed tokens take part in every window, and are told the mean over the windows, weighted by
-    importance. A frame's log importance is added to the logits of its tokens as keys, and its importance scales what
-    its tokens are told: as it goes to 0, the frame goes away, as if it were masked.
+    frame it sees. Half of the heads look by time, sharply; the others, without the code, at the window as a whole, or
+    else text, which has no time, would hardly be seen. Untimed tokens take part in every window, and are told the mean
+    over the windows, weighted by importance. A frame's log importance is added to the logits of its tokens as keys,
+    and its importance scales what its tokens are told: as it goes to 0, the frame goes away, as if it were masked.
 
     Args:
         streams: by tower.
@@ -206,8 +209,12 @@ def _in_windows(
     if stream.timed is not None:
         steps, per_step = windows.steps[tower], stream.timed.shape[2]
         width = stream.timed.shape[-1] // 3
-        code = _time_code(steps.time, stream.timed, windows.window, width // num_heads).repeat(1, 1, 2 * num_heads)
-        coded = stream.timed + F.pad(code, (0, width)).unsqueeze(2)  # queries and keys, not values
+        coded = stream.timed
+        if windows.window > 1:
+            code = _time_code(steps.time, stream.timed, windows.window, width // num_heads)
+            by_time = max(1, num_heads // 2)
+            code = F.pad(code.repeat(1, 1, by_time), (0, width - by_time * code.shape[-1]))
+            coded = coded + F.pad(code.repeat(1, 1, 2), (0, width)).unsqueeze(2)  # queries and keys, not values
         parts.append(steps.split(coded).flatten(2, 3))
         bias = _bias(steps.filled, stream.timed)
         if tower == "vision" and log_importance is not None:
@@ -256,7 +263,8 @@ def _time_code(time: Tensor, like: Tensor, window: int, size: int) -> Tensor:
 
     From half a period in a window to half a period in a frame.
     """
-    return _sinusoids(time, like, math.pi / window, math.pi, size)
+    strength = math.sqrt(2 * TIME_PREFERENCE / math.sqrt(size))  # attention divides by the root of the size
+    return strength * _sinusoids(time, like, math.pi / window, math.pi, size)
 
 
 def _sinusoids(x: Tensor, like: Tensor, slow: float, fast: float, size: int) -> Tensor:

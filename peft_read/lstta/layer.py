@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.output_capturing import _active_collector
 
 from ..adapters import AdapterLayer
+from ..trimodal.hidden_states import show_hidden_states
 from ..trimodal.lockstep import count_call, current_tower, meet
 from .adapter import LsttaAdapter
 from .config import LsttaConfig
@@ -97,7 +97,7 @@ class LsttaLayer(AdapterLayer):
             if adapter_names is not None:
                 change = change * self._rows_of(name, adapter_names, change)
             adapted = adapted + change.to(hidden.dtype)
-        _show_adapted(hidden, adapted)
+        show_hidden_states(hidden, adapted)
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
     def _level_of_this_call(self, names: list[str]) -> int | None:
@@ -123,11 +123,3 @@ class LsttaLayer(AdapterLayer):
 
     def __repr__(self) -> str:
         return "lstta." + super().__repr__()
-
-
-def _show_adapted(hidden: Tensor, adapted: Tensor) -> None:
-    """Put the adapted hidden states into the tower's `hidden_states`, for which transformers listens to the block."""
-    collected = _active_collector.get()
-    states = collected.get("hidden_states") if collected else None
-    if states and states[-1] is hidden:
-        states[-1] = adapted
