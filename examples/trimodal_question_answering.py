@@ -52,9 +52,9 @@ def main() -> None:
     """Make or read clips and towers, train, and report."""
     started = time.perf_counter()
     args = parse_arguments()
-    transformers.logging.set_verbosity_error()
     if not args.evaluate:
         check_output(args.output)
+    transformers.logging.set_verbosity_error()
     make_defaults(args)
     annotations = read_annotations(args.data)
     answers = answers_of(annotations)
