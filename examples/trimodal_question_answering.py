@@ -133,6 +133,10 @@ def parse_arguments() -> argparse.Namespace:
     given = [getattr(args, name) is not None for name in ("vision", "audio", "text")]
     if any(given) and not all(given):
         parser.error("--vision, --audio and --text go together: name all three towers, or none")
+    if args.data is not None and not all(given):
+        parser.error(
+            "--data needs --vision, --audio and --text: the towers made here know their digits and tones only"
+        )
     if args.steps <= 0 or (args.frames is not None and args.frames <= 0):
         parser.error("--steps and --frames must be positive")
     return args

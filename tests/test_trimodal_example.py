@@ -346,6 +346,7 @@ def test_a_users_own_clips_and_towers(tmp_path, tiny_towers):
     [
         (["--output", "mine"], "mine isn't empty and wasn't written by this script"),
         (["--vision", "my_tower"], "--vision, --audio and --text go together"),
+        (["--data", "mine"], "--data needs --vision, --audio and --text"),
         (["--methods", "lora"], "invalid choice: 'lora'"),
         (["--steps", "0"], "--steps and --frames must be positive"),
     ],
