@@ -95,7 +95,9 @@ def run(args: argparse.Namespace, seed: int, steps: int, methods: list[str]) -> 
         command = [sys.executable, str(SCRIPT), "--clips", args.clips, "--methods", *missing]
         command += ["--steps", str(steps), "--seed", str(seed)]
         command += ["--output", str(folder / f"{len(results)}"), "--cache", str(args.cache)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
     return results_in(folder)
 
 
