@@ -155,9 +155,10 @@ class AdapterTuner(BaseTuner):
             )
         thread = threading.get_ident()
 
-        def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # Another thread may run the same model with names of its own.
-            if threading.get_ident() != thread:
+        def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            # Another thread may run the same model with names of its own, and torch is already calling the hook there
+            # before it has noted that it takes keyword arguments.
+            if kwargs is None or threading.get_ident() != thread:
                 return None
             more = for_layers if isinstance(module, self.tuner_layer_cls) else {}
             return args, kwargs | {"adapter_names": adapter_names} | more

@@ -11,23 +11,28 @@ initialisation and their order; the differences are paired by seed. Prints the t
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer
 
 
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-from common.annotations import ANNOTATIONS  # noqa: E402
+from common.training import train  # noqa: E402
+from finetune_video import FEATURE_NOISE, LEARNING_RATE, adapt, load_base  # noqa: E402
 from video_grounding import ordered_digits  # noqa: E402
+from video_grounding.annotations import read_annotations  # noqa: E402
+from video_grounding.features import Collator, FrameEncoder, make_examples  # noqa: E402
+from video_grounding.training import Examples, grounding_metrics, predict  # noqa: E402
 
 
-WITH_PVLA = ("--pvla-gradient-share", "0.05", "--pvla-states", "all_blocks")
+PVLA = {"pvla_gradient_share": 0.05, "pvla_states": "all_blocks"}
 
 
 def main() -> None:
@@ -36,44 +41,40 @@ def main() -> None:
     parser.add_argument("--videos", type=int, nargs="+", default=[25, 50], help="numbers of training videos")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
-    parser.add_argument("--output", type=Path, default=Path("runs/pvla_low_data"), help="folder for the results")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft_read", help="made once")
     args = parser.parse_args()
-    ordered_digits.make_dataset(args.cache / "plain_videos", plain=True)
-    ordered_digits.make_base(args.cache / "base")
-    print("| training videos | READ | READ + PVLA | difference | by seed |\n|---|---|---|---|---|")
+    transformers.logging.set_verbosity_error()
+    data, base = args.cache / "plain_videos", args.cache / "base"
+    ordered_digits.make_dataset(data, plain=True)
+    ordered_digits.make_base(base)
+    tokenizer = AutoTokenizer.from_pretrained(base / "untuned")
+    encode, annotations = FrameEncoder(base / "frame_encoder"), read_annotations(data)
+    examples = {
+        split: make_examples([a for a in annotations if a.split == split], encode, tokenizer, 1.0)
+        for split in ("train", "test")
+    }
+    feature_size = examples["test"][0]["frame_features"].shape[-1]
+    rows = ["| training videos | READ | READ + PVLA | difference | by seed |", "|---|---|---|---|---|"]
     for count in args.videos:
         scores: dict[bool, list[float]] = {False: [], True: []}
         for seed in range(args.seeds):
-            data = few_videos(args.cache / "plain_videos", args.output / f"{count}-{seed}" / "data", count, seed)
+            few = random.Random(seed).sample(examples["train"], count)
             for pvla in (False, True):
-                scores[pvla].append(run(args, data, args.output / f"{count}-{seed}" / f"pvla-{pvla}", seed, pvla))
+                model = adapt(load_base(str(base / "untuned"), feature_size), "read", None, seed)
+                collate = Collator(tokenizer, FEATURE_NOISE, few)
+                options = PVLA if pvla else None
+                train(model, few, collate, steps=args.steps, learning_rate=LEARNING_RATE, seed=seed, pvla=options)
+                scores[pvla].append(test_map(model, examples["test"], Collator(tokenizer)))
         differences = [b - a for a, b in zip(scores[False], scores[True], strict=True)]
         cells = [mean_and_spread(values) for values in (scores[False], scores[True])]
         by_seed = ", ".join(f"{difference:+.1f}" for difference in differences)
-        print(f"| {count} | {cells[0]} | {cells[1]} | {mean_and_spread(differences, '+')} | {by_seed} |", flush=True)
+        rows.append(f"| {count} | {cells[0]} | {cells[1]} | {mean_and_spread(differences, '+')} | {by_seed} |")
+    print("\n".join(rows))
 
 
-def few_videos(source: Path, folder: Path, count: int, seed: int) -> Path:
-    """A data folder with some of the training videos of another, and all of the rest."""
-    lines = [json.loads(line) for line in (source / ANNOTATIONS).read_text(encoding="utf-8").splitlines()]
-    train = [line for line in lines if line["split"] == "train"]
-    kept = random.Random(seed).sample(train, count) + [line for line in lines if line["split"] != "train"]
-    for line in kept:
-        line["video"] = str((source / line["video"]).resolve())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ANNOTATIONS).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    return folder
-
-
-def run(args: argparse.Namespace, data: Path, output: Path, seed: int, pvla: bool) -> float:
-    """Test mAP of one training."""
-    base = args.cache / "base"
-    command = [sys.executable, str(EXAMPLES / "finetune_video.py"), "--data", str(data), "--output", str(output)]
-    command += ["--model", str(base / "untuned"), "--frame-encoder", str(base / "frame_encoder")]
-    command += ["--steps", str(args.steps), "--seed", str(seed), *(WITH_PVLA if pvla else ())]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return json.loads((output / "results.json").read_text(encoding="utf-8"))["read"]["test"]["mAP"]
+def test_map(model: transformers.PreTrainedModel, examples: Examples, collate: Collator) -> float:
+    """Mean average precision on the test videos, in per cent."""
+    return grounding_metrics(predict(model, examples, collate), examples)["mAP"]
 
 
 def mean_and_spread(values: Sequence[float], sign: str = "") -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .loss import PvlaLoss
+from .states import SOURCES
 
 
 @dataclass
@@ -61,6 +62,8 @@ class PvlaArguments:
             raise ValueError(f"pvla_weight={self.pvla_weight}: expected 0 or a positive number.")
         if self.pvla_gradient_share is not None and not self.pvla_gradient_share > 0:
             raise ValueError(f"pvla_gradient_share={self.pvla_gradient_share}: expected a positive share, or none.")
+        if self.pvla_states not in SOURCES:
+            raise ValueError(f"pvla_states={self.pvla_states!r}: expected one of {', '.join(map(repr, SOURCES))}.")
         if self.pvla_health_steps < 0:
             raise ValueError(f"pvla_health_steps={self.pvla_health_steps}: expected 0 or a number of steps.")
         self.pvla_loss()  # raises where an option of the loss is out of its range

@@ -38,12 +38,18 @@ def alignment_health(
     return health
 
 
-def gradient_norms(losses: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
-    """Norm of each loss's gradient on some parameters, `(losses,)`; their graph stays for the backward pass."""
+def gradient_norms(losses: list[Tensor], parameters: list[nn.Parameter]) -> Tensor | None:
+    """Norm of each loss's gradient on some parameters, `(losses,)`; their graph stays for the backward pass.
+
+    None if one reaches none of them.
+    """
     norms = []
     for loss in losses:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        norms.append(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
+        sizes = [g.float().norm() for g in gradients if g is not None]
+        if not sizes:
+            return None
+        norms.append(torch.stack(sizes).norm())
     return torch.stack(norms)
 
 

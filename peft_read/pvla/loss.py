@@ -100,7 +100,7 @@ class PvlaLoss(nn.Module):
         self, video: Tensor, words: Tensor, frame_mask: Tensor | None = None, word_mask: Tensor | None = None
     ) -> PvlaDetails:
         """Distances and plans, sample by sample; arguments and errors as of the call."""
-        _check(video, words)
+        _check(video, words, frame_mask, word_mask)
         batch, masses = len(video), len(self.masses)
         frame_mask, word_mask = (
             torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
@@ -150,10 +150,10 @@ def _mean_cost(costs: Tensor, frame_mask: Tensor, word_mask: Tensor) -> Tensor:
     return mean.where(mean != 0, 1)
 
 
-def _check(video: Tensor, words: Tensor) -> None:
-    for name, states in (("video", video), ("words", words)):
+def _check(video: Tensor, words: Tensor, frame_mask: Tensor | None, word_mask: Tensor | None) -> None:
+    for name, states, points in (("video", video, "frames"), ("words", words, "words")):
         if states.ndim != 3:
-            raise ValueError(f"{name} has shape {tuple(states.shape)}; expected (batch, {name}, dim).")
+            raise ValueError(f"{name} has shape {tuple(states.shape)}; expected (batch, {points}, dim).")
     if len(video) != len(words):
         raise ValueError(f"{len(video)} videos but {len(words)} sentences; expected one sentence for each video.")
     if video.shape[-1] != words.shape[-1]:
@@ -161,3 +161,7 @@ def _check(video: Tensor, words: Tensor) -> None:
             f"Video states have {video.shape[-1]} features, words {words.shape[-1]}: distances need a common space. "
             "Project one into the other's, by the model's own projections where it has some, before the loss."
         )
+    if frame_mask is not None and frame_mask.shape != video.shape[:2]:
+        raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; the video has {tuple(video.shape[:2])}.")
+    if word_mask is not None and word_mask.shape != words.shape[:2]:
+        raise ValueError(f"word_mask has shape {tuple(word_mask.shape)}; the words have {tuple(words.shape[:2])}.")

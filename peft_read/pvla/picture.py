@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,10 @@ from .states import VideoTextStates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# Inches; images that PNG and loggers can still take.
+LARGEST_SIDE = 30
 
 
 class ExamplePlan(NamedTuple):
@@ -46,9 +50,11 @@ def plot_plan(plan: Tensor, words: Sequence[str] | None = None, path: str | Path
     except ImportError as error:
         raise ImportError("Pictures of transport plans need matplotlib: pip install matplotlib") from error
     frames, columns = plan.shape
-    figure = Figure(figsize=(2 + 0.28 * frames, 1.2 + 0.28 * columns), layout="constrained")
+    width, height = (min(0.28 * size, LARGEST_SIDE) for size in (frames, columns))
+    figure = Figure(figsize=(2 + width, 1.2 + height), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(plan.detach().float().cpu().T, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    mass = plan.detach().float().cpu().numpy()
+    image = axes.imshow(mass.T, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axes.set(xlabel="frame", ylabel="word")
     if words is not None:
         axes.set_yticks(range(columns), labels=words)
@@ -59,7 +65,11 @@ def plot_plan(plan: Tensor, words: Sequence[str] | None = None, path: str | Path
 
 
 def example_plan(
-    sample: int, details: PvlaDetails, states: VideoTextStates, batch: Mapping[str, Any], tokenizer: Any
+    sample: int,
+    details: PvlaDetails,
+    states: VideoTextStates,
+    words: tuple[Tensor, Tensor | None] | None,
+    tokenizer: Any,
 ) -> ExamplePlan:
     """The plan of one of a batch's samples.
 
@@ -67,29 +77,27 @@ def example_plan(
         sample: its row.
         details: what the loss found.
         states: what it was given.
-        batch: what the model was given; its `input_ids` are the words' names, if there are as many.
+        words: `input_ids` and which of them are the words, `(batch, time)` each, if that is known.
         tokenizer: a tokenizer, a processor that has one, or nothing that could name words.
     """
     plan = details.plan[sample].detach()
     for axis, mask in ((0, states.frame_mask), (1, states.word_mask)):
         if mask is not None:
             plan = plan.index_select(axis, mask[sample].nonzero()[:, 0])
-    ids, tokenizer = batch.get("input_ids"), getattr(tokenizer, "tokenizer", tokenizer)
-    if ids is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if words is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
         return ExamplePlan(plan, None)
-    mask = batch.get("text_token_mask", batch.get("attention_mask"))
-    if mask is not None:
-        ids = ids[:, : mask.shape[1]][sample][mask[sample, : ids.shape[1]].bool()]
-    words = tokenizer.convert_ids_to_tokens(ids.flatten().tolist())
-    return ExamplePlan(plan, words if len(words) == plan.shape[1] else None)
+    ids, mask = words
+    named = ids[sample] if mask is None else ids[sample][mask[sample].bool()]
+    return ExamplePlan(plan, tokenizer.convert_ids_to_tokens(named.tolist()))
 
 
-def log_plan(trainer: Trainer, example: ExamplePlan) -> None:
-    """Draw a plan into `output_dir/pvla_plans/step-N.png`, and send it to TensorBoard and W&B where they are used."""
-    step, tag = trainer.state.global_step, "pvla/plan"
+def log_plan(trainer: Trainer, example: ExamplePlan, name: str) -> None:
+    """Draw a plan into `output_dir/pvla_plans/NAME-step-N.png`, and send it to TensorBoard and W&B where used."""
+    step, tag = trainer.state.global_step, f"pvla/{name}_plan"
     folder = Path(str(trainer.args.output_dir)) / "pvla_plans"
     folder.mkdir(parents=True, exist_ok=True)
-    figure = plot_plan(example.plan, example.words, folder / f"step-{step}.png")
+    figure = plot_plan(example.plan, example.words, folder / f"{name}-step-{step}.png")
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_figure(tag, figure, step)

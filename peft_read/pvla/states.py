@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any, NamedTuple, TypeAlias
 
@@ -70,6 +70,10 @@ class StateSource(ABC):
         """How many samples `states` will have with something to align; None where that isn't known before it runs."""
         return None
 
+    def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+        """`input_ids` and which of them are the words of `states`, `(batch, time)`; None where that isn't known."""
+        return None
+
     def check(self, example: Batch) -> None:
         """Raise a `ValueError` if a batch like this one doesn't tell what is video and what is text."""
         return
@@ -102,6 +106,9 @@ class TowerStates(StateSource):
     def samples(self, batch: Batch) -> Tensor | None:
         return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().any(1).sum()
 
+    def words(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        return batch["input_ids"], batch.get("attention_mask")
+
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
         words = outputs.text_model_output.last_hidden_state
         text_tower = getattr(self.model, "text_model", None)
@@ -119,7 +126,7 @@ class TowerStates(StateSource):
         patches = outputs.vision_model_output.last_hidden_state
         if isinstance(getattr(self.model, "visual_projection", None), nn.Module):
             # CLIP normalises the one state that it pools; SigLIP and others all of them, in their towers.
-            patches = getattr(self.model.vision_model, "post_layernorm", nn.Identity())(patches)
+            patches = _applied(getattr(self.model.vision_model, "post_layernorm", nn.Identity()), patches)
         return _projected(patches, self.model, "visual_projection", None)
 
 
@@ -146,7 +153,7 @@ class BlockStates(StateSource):
         names = list(dict.fromkeys(_block_of(name) for name in layers))
         if which == "bottleneck":
             name, layer = list(layers.items())[-1]
-            listened = {name: layer.activation[layer.active_adapters[0]]}
+            listened = {name: layer.activation[_active_adapters(layer)[0]]}
         else:
             listened = {name: model.get_submodule(name) for name in (names if which == "all_blocks" else names[-1:])}
         self.blocks = len(listened)
@@ -154,15 +161,12 @@ class BlockStates(StateSource):
         self.outputs: dict[str, Tensor] = {}
         self._recording = self._with_grad = False
         for name, module in listened.items():
-            module.register_forward_hook(self._listener(name))
+            module.register_forward_hook(partial(self._keep, name))  # which can be pickled with the model
 
-    def _listener(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            # Some trainers run the model a second time, without gradient, for their metrics.
-            if self._recording and (torch.is_grad_enabled() or not self._with_grad):
-                self.outputs[name] = output if isinstance(output, Tensor) else output[0]
-
-        return keep
+    def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        # Some trainers run the model a second time, without gradient, for their metrics.
+        if self._recording and (torch.is_grad_enabled() or not self._with_grad):
+            self.outputs[name] = output if isinstance(output, Tensor) else output[0]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -179,6 +183,10 @@ class BlockStates(StateSource):
     def samples(self, batch: Batch) -> Tensor | None:
         video, text = self._masks(batch)
         return self.blocks * (video.any(1) & text.any(1)).sum()
+
+    def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+        ids = batch.get("input_ids")
+        return None if ids is None else (ids, self._masks(batch)[1])
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
         masks = self._masks(batch)
@@ -246,7 +254,13 @@ def _is_dual_encoder(model: PreTrainedModel) -> bool:
 
 def _projected(states: Tensor, model: nn.Module, name: str, head: nn.Module | None) -> Tensor:
     projection = getattr(model, name, head)
-    return projection(states) if isinstance(projection, nn.Module) else states
+    return _applied(projection, states) if isinstance(projection, nn.Module) else states
+
+
+def _applied(module: nn.Module, states: Tensor) -> Tensor:
+    """Outside of the model's autocast, which has made float32 of what the model returns."""
+    weight = next(module.parameters(), states)
+    return module(states.to(weight.dtype))
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, ReadLayer]:
@@ -258,7 +272,13 @@ def _adapted_layers(model: nn.Module) -> dict[str, ReadLayer]:
             if decoder is not owner and decoder is not encoder:
                 decoders.update(decoder.modules())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, ReadLayer) and m not in decoders}
-    return {name: layer for name, layer in layers.items() if takes_text(owner_of(model, name))}
+    return {
+        name: layer for name, layer in layers.items() if _active_adapters(layer) and takes_text(owner_of(model, name))
+    }
+
+
+def _active_adapters(layer: ReadLayer) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.read_downward]
 
 
 def _block_of(name: str) -> str:

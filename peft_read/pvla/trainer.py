@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -45,8 +47,8 @@ class PvlaMixin(TrainerLike):
 
     Raises:
         TypeError: if the arguments don't have the options of PVLA.
-        ValueError: if model and data don't tell what is video and what is text, or several devices would be used by
-            `nn.DataParallel`.
+        ValueError: if model and data don't tell what is video and what is text, several devices would be used by
+            `nn.DataParallel`, or a gradient share is asked for of sharded weights.
     """
 
     args: PvlaTrainingArguments
@@ -61,12 +63,7 @@ class PvlaMixin(TrainerLike):
         self._pvla = self.args.pvla_loss()
         self._source = None
         self._token_masks: dict[str, Tensor] = {}
-        self._samples_in_step: Tensor | None = None
-        self._weight: float | None = None if self.args.pvla_gradient_share else self.args.pvla_weight
-        self._weighed_at = self._checked_at = -1
-        self._logged_step = 0
-        self._parts: Tensor | None = None
-        self._health: dict[str, Tensor] = {}
+        self._start_run()
         self._evaluated: Tensor | None = None
         self._plan: ExamplePlan | None = None
         self._eval_parts: list[Tensor] = []
@@ -77,13 +74,30 @@ class PvlaMixin(TrainerLike):
                 f"PVLA doesn't work with nn.DataParallel, which the Trainer uses for {self.args.n_gpu} devices in one "
                 "process. Start one process for each device: `torchrun --nproc_per_node ...` or `accelerate launch`."
             )
+        if self.args.pvla_gradient_share is not None and self._is_sharded():
+            raise ValueError(
+                "pvla_gradient_share can't be measured on weights that FSDP or DeepSpeed shards. Set a pvla_weight "
+                "instead: the one that a run on one device logs as `pvla_weight` is a good start."
+            )
         model = cast(nn.Module, self.model)
         self._source = state_source(model, self.args.pvla_states if pvla_states is None else pvla_states)
         self._check_data()
-        if _loss_is_a_mean(model):
+        if self.label_smoother is None and _loss_is_a_mean(model):
             # transformers takes `**kwargs` in a forward for a loss that divides by `num_items_in_batch`, and would
             # multiply this one by the number of processes and of accumulated batches.
             self.model_accepts_loss_kwargs = False
+
+    def _start_run(self) -> None:
+        self._samples_in_step: Tensor | None = None
+        self._weight: float | None = None if self.args.pvla_gradient_share else self.args.pvla_weight
+        self._weighed_at = self._checked_at = -1
+        self._logged_step = 0
+        self._parts: Tensor | None = None
+        self._health: dict[str, Tensor] = {}
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._start_run()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _check_data(self) -> None:
         """Whether a batch tells video from text, as far as one can be made of the first example."""
@@ -138,9 +152,9 @@ class PvlaMixin(TrainerLike):
             self._remember(task / divisor, alignment)
         elif not model.training:
             self._evaluated = torch.stack([task.detach().float(), alignment.detach()])
-            if self.args.pvla_plot_plans and self._plan is None:
+            if self.args.pvla_plot_plans and self._plan is None and details.valid.any():
                 first = int(details.valid.float().argmax())
-                self._plan = example_plan(first, details, states, batch, self.processing_class)
+                self._plan = example_plan(first, details, states, self._source.words(batch), self.processing_class)
         loss = task + (self._weight or 0.0) * divisor * alignment.to(task.dtype)
         return (loss, outputs) if return_outputs else loss
 
@@ -167,26 +181,37 @@ class PvlaMixin(TrainerLike):
         step, every = self.state.global_step, self.args.pvla_health_steps
         share = self.args.pvla_gradient_share
         check = every > 0 and step % every == 0 and self._checked_at != step
-        if share and self._weight is None and step % WEIGH_EVERY:  # a resumed run
+        if share and self._weight is None:  # a resumed run
             logged = [entry["pvla_weight"] for entry in self.state.log_history if "pvla_weight" in entry]
             self._weight = logged[-1] if logged else None
         weigh = share is not None and self._weighed_at != step and (step % WEIGH_EVERY == 0 or self._weight is None)
         if not (check or weigh):
             return
-        norms = gradient_norms([task, alignment], self._aligned_parameters())
-        norms = self.accelerator.reduce(norms, reduction="mean")
-        ratio = norms[1] / norms[0].clamp(min=torch.finfo(norms.dtype).tiny)
+        norms = None if self._is_sharded() else gradient_norms([task, alignment], self._aligned_parameters())
+        norms = None if norms is None else self.accelerator.reduce(norms, reduction="mean")
         if weigh:
             assert share is not None
-            self._weighed_at = step
-            self._weight = share / max(ratio.item(), 1e-12)
-            # The log travels with checkpoints, so a resumed run goes on with this weight.
-            self.state.log_history.append({"pvla_weight": self._weight, "step": step})
+            if norms is None:
+                raise RuntimeError(
+                    "The gradient that pvla_gradient_share compares reaches none of READ's weights. With gradient "
+                    "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}. Where the states are "
+                    "none of READ's, set a pvla_weight instead."
+                )
+            weight = share * (norms[0] / norms[1]).item()
+            if math.isfinite(weight):  # else there is nothing to align in this batch, or a loss overflows
+                self._weighed_at, self._weight = step, weight
+                # The log travels with checkpoints, so a resumed run goes on with this weight.
+                self.state.log_history.append({"pvla_weight": weight, "step": step})
         if check:
             assert self._source is not None
             self._checked_at = step
             self._health = alignment_health(self._pvla, states, details, self._source.blocks)
-            self._health["gradient_share"] = ratio * (self._weight or 0.0)
+            if norms is not None:
+                self._health["gradient_share"] = (self._weight or 0.0) * norms[1] / norms[0]
+
+    def _is_sharded(self) -> bool:
+        """Whether the graph ends in other tensors than the parameters, whose gradient can't be asked for then."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     def _aligned_parameters(self) -> list[nn.Parameter]:
         """READ's trained weights, else all trained ones."""
@@ -205,8 +230,8 @@ class PvlaMixin(TrainerLike):
         if "loss" in logs and self._parts is not None:
             steps = max(self.state.global_step - self._logged_step, 1)
             logs["task_loss"], logs["pvla_loss"] = (self.accelerator.reduce(self._parts, "mean") / steps).tolist()
-            if self.args.pvla_gradient_share is not None:
-                logs["pvla_weight"] = self._weight or 0.0
+            if self.args.pvla_gradient_share is not None and self._weight is not None:
+                logs["pvla_weight"] = self._weight
             logs.update({f"pvla_{name}": value.item() for name, value in self._health.items()})
             self._parts, self._health = None, {}
         super().log(logs, *args, **kwargs)
@@ -223,12 +248,12 @@ class PvlaMixin(TrainerLike):
         model = cast(nn.Module, self.model).eval()
         plans = []
         for loaded in self.get_eval_dataloader(dataset):
-            inputs, masks = _without_token_masks(self._on_device(loaded))
+            batch = self._on_device(loaded)
             with self._source.recording(), self.compute_loss_context_manager():
-                states = self._source.states(model, inputs | masks, model(**inputs))
+                states = self._source.states(model, batch, model(**_without_token_masks(batch)[0]))
                 details = self._pvla.details(*states)
-            samples = range(len(details.valid) // self._source.blocks)
-            plans += [example_plan(i, details, states, inputs | masks, self.processing_class) for i in samples]
+            samples, words = range(len(details.valid) // self._source.blocks), self._source.words(batch)
+            plans += [example_plan(i, details, states, words, self.processing_class) for i in samples]
         return plans
 
     def prediction_step(
@@ -271,8 +296,10 @@ class PvlaMixin(TrainerLike):
             task, alignment = torch.cat(self._eval_parts).mean(0).tolist()
             output.metrics[f"{metric_key_prefix}_task_loss"] = task
             output.metrics[f"{metric_key_prefix}_pvla_loss"] = alignment
+            # Seq2SeqTrainer counts a last batch as if it were a whole one.
+            output.metrics[f"{metric_key_prefix}_loss"] = task + (self._weight or 0.0) * alignment
         if self._plan is not None and self.is_world_process_zero():
-            log_plan(self, self._plan)
+            log_plan(self, self._plan, metric_key_prefix)
         return output
 
 

@@ -17,8 +17,8 @@ Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]
 FORBIDDEN = -1e30
 # Iterations between two evaluations of exp(logits + potentials): products of many small steps drift off and overflow.
 ABSORB_EVERY = 10
-# Iterations between two Newton steps for the total mass.
-NEWTON_EVERY = 3
+# Iterations between two in which the total mass is met jointly with either side, not after both.
+SET_MASS_EVERY = 5
 # Bound of what a potential may rise between two absorptions: keeps products of two of its exponentials in float32.
 LARGEST_RISE = 40.0
 # A mass this close to all that a side can carry is all of it, in float32.
@@ -111,48 +111,53 @@ def _solve_entropic(
     run on `kernel = exp(...)` and factors u, v, t of the potentials' exponentials, by matrix-vector products.
     """
     logits = (cost / -reg).masked_fill(~(masks[0][:, :, None] & masks[1][:, None, :]), FORBIDDEN)
+    # Vectors over frames and words are rows, `(batch, 1, points)`: products with rows are faster than with columns.
     # Padding gets any capacity above 0 and, its row of the kernel being 0, stays out of every sum.
-    a, b, s = a.masked_fill(~masks[0], 1)[..., None], b.masked_fill(~masks[1], 1)[..., None], total[:, None, None]
-    some_a, some_b = (_some_stays(side, mask, s) for side, mask in ((a, masks[0]), (b, masks[1])))
+    some_frames, some_words = (mask[:, None] for mask in masks)
+    a, b, s = a[:, None].masked_fill(~some_frames, 1), b[:, None].masked_fill(~some_words, 1), total[:, None, None]
+    some_a, some_b = _some_stays(a, some_frames, s), _some_stays(b, some_words, s)
     top_f, top_g = (torch.zeros_like(s).masked_fill(~some_stays, torch.inf) for some_stays in (some_a, some_b))
 
     # A start from the exact optimum over f and the level, then over g and the level, leaves no stall to sit out.
-    rows = logits.logsumexp(2, keepdim=True)
-    f = torch.minimum(a.log() - rows - _level(rows, a, masks[0], s), top_f).masked_fill(~masks[0][..., None], 0)
-    columns = (logits + f).logsumexp(1, keepdim=True).mT
-    level = _level(columns, b, masks[1], s)
-    g = torch.minimum(b.log() - columns - level, top_g).masked_fill(~masks[1][..., None], 0)
+    sums = logits.logsumexp(2)[:, None]
+    f = torch.minimum(a.log() - sums - _level(sums, a, some_frames, s), top_f).masked_fill(~some_frames, 0)
+    sums = (logits + f.mT).logsumexp(1, keepdim=True)
+    level = _level(sums, b, some_words, s)
+    g = torch.minimum(b.log() - sums - level, top_g).masked_fill(~some_words, 0)
 
     for start in range(0, n_iter, ABSORB_EVERY):
-        kernel = (logits + f + level + g.mT).exp()
+        kernel = (logits + (f + level).mT).add_(g).exp_()
+        off = s / kernel.sum((1, 2), keepdim=True)  # rounding would add up in the level
+        kernel, level = kernel.mul_(off), level + off.log()
         most_u, most_v = ((top - x).clamp(max=LARGEST_RISE).exp() for top, x in ((top_f, f), (top_g, g)))
         v, t = torch.ones_like(g), torch.ones_like(level)
         for i in range(min(ABSORB_EVERY, n_iter - start)):
-            rows = kernel @ v
-            if i % NEWTON_EVERY == 0:
-                t = torch.where(some_a, _newton(rows * most_u, a, s, t), t)
-            u = torch.minimum(a / (rows * t), most_u)
-            columns = kernel.mT @ u
-            if i % NEWTON_EVERY == 0:
-                t = torch.where(some_b, _newton(columns * most_v, b, s, t), t)
-            v = torch.minimum(b / (columns * t), most_v)
-            t = s / (columns.mT @ v)
+            sums = v @ kernel.mT
+            if i % SET_MASS_EVERY == 0:
+                t = torch.where(some_a, _factor(sums * most_u, a, s, t), t)
+            u = torch.minimum(a / (sums * t), most_u)
+            sums = u @ kernel
+            if i % SET_MASS_EVERY == 0:
+                t = torch.where(some_b, _factor(sums * most_v, b, s, t), t)
+            v = torch.minimum(b / (sums * t), most_v)
+            t = s / (sums * v).sum(2, keepdim=True)
         tiny = torch.finfo(u.dtype).tiny
-        f = torch.minimum(f + u.clamp(min=tiny).log(), top_f).masked_fill(~masks[0][..., None], 0)
-        g = torch.minimum(g + v.clamp(min=tiny).log(), top_g).masked_fill(~masks[1][..., None], 0)
-        # The mass is set anew from the potentials themselves, so that no rounding adds up.
-        level = s.log() - (logits + f + g.mT).flatten(1).logsumexp(1)[:, None, None]
+        f = torch.minimum(f + u.clamp(min=tiny).log(), top_f).masked_fill(~some_frames, 0)
+        g = torch.minimum(g + v.clamp(min=tiny).log(), top_g).masked_fill(~some_words, 0)
+        level = level + t.log()
 
-    plan = (logits + f + level + g.mT).exp()
+    # The mass from the potentials themselves, which bounds the plan whatever happened on the way.
+    logits = logits + f.mT + g
+    plan = (logits - logits.flatten(1).logsumexp(1)[:, None, None]).exp()
     plan = plan * (s / plan.sum((1, 2), keepdim=True))
-    residual = _unmet(plan.sum(2, keepdim=True), f, a, top_f, masks[0])
-    residual = residual + _unmet(plan.sum(1, keepdim=True).mT, g, b, top_g, masks[1])
+    residual = _unmet(plan.sum(2)[:, None], f, a, top_f, some_frames)
+    residual = residual + _unmet(plan.sum(1, keepdim=True), g, b, top_g, some_words)
     return plan, residual / total
 
 
 def _some_stays(capacity: Tensor, mask: Tensor, s: Tensor) -> Tensor:
     """`(batch, 1, 1)`: whether a side keeps some of its mass."""
-    return s < FULL * (capacity * mask[..., None]).sum(1, keepdim=True)
+    return s < FULL * (capacity * mask).sum(2, keepdim=True)
 
 
 def _level(log_sums: Tensor, capacity: Tensor, mask: Tensor, s: Tensor) -> Tensor:
@@ -161,29 +166,32 @@ def _level(log_sums: Tensor, capacity: Tensor, mask: Tensor, s: Tensor) -> Tenso
     The sum is the least, over k, of what it is if the k points that fill up first are full, so the level is the
     largest of those k's levels.
     """
-    filled_at = (capacity.log() - log_sums).masked_fill(~mask[..., None], torch.inf)
-    order = filled_at.argsort(1)
-    full = (capacity * mask[..., None]).gather(1, order).cumsum(1).roll(1, 1)
-    full[:, 0] = 0
-    free = log_sums.masked_fill(~mask[..., None], FORBIDDEN).gather(1, order).flip(1).logcumsumexp(1).flip(1)
+    order = (capacity.log() - log_sums).masked_fill(~mask, torch.inf).argsort(2)
+    capacity = (capacity * mask).gather(2, order)
+    full = capacity.cumsum(2) - capacity
+    free = log_sums.masked_fill(~mask, FORBIDDEN).gather(2, order).flip(2).logcumsumexp(2).flip(2)
     levels = (s - full).clamp(min=torch.finfo(s.dtype).tiny).log() - free
-    return levels.masked_fill(free < FORBIDDEN / 2, -torch.inf).amax(1, keepdim=True)
+    return levels.masked_fill(free < FORBIDDEN / 2, -torch.inf).amax(2, keepdim=True)
 
 
-def _newton(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """One Newton step from t towards the root of `sum_i min(capacity_i, sums_i t) = s`, a concave function of t."""
-    full = sums * t > capacity
-    rest = s - (capacity * full).sum(1, keepdim=True)
-    free = sums.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
-    step = torch.maximum(rest / free, s / sums.sum(1, keepdim=True))
-    bound = 1e12  # of one step: far from the solution, all that is free may have underflown
-    return torch.minimum(torch.maximum(step, t / bound), t * bound)
+def _factor(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """The factor at which `sum_i min(capacity_i, sums_i factor) = s`: that of `_level`, for moderate `sums` >= 0.
+
+    Exactly: a step that passes the root lowers the dual value, and may do so time and again.
+    """
+    order = (capacity / sums).masked_fill(sums <= 0, torch.inf).argsort(2)
+    capacity = capacity.gather(2, order)
+    full = capacity.cumsum(2) - capacity
+    free = sums.gather(2, order).flip(2).cumsum(2).flip(2)
+    factor = ((s - full) / free).masked_fill(free <= 0, 0).amax(2, keepdim=True)
+    bound = 1e12  # against t, the last one: far from the solution, all that is free may have underflown
+    return torch.minimum(torch.maximum(factor, t / bound), t * bound)
 
 
 def _unmet(sums: Tensor, potential: Tensor, capacity: Tensor, top: Tensor, mask: Tensor) -> Tensor:
     """How much an update of a side's potential would change the mass of its points, `(batch,)`."""
     updated = torch.minimum(capacity, sums * (top - potential).clamp(max=LARGEST_RISE).exp())
-    return ((sums - updated).abs() * mask[..., None]).sum((1, 2))
+    return ((sums - updated).abs() * mask).sum((1, 2))
 
 
 def _solve_exact(cost: Tensor, a: Tensor, b: Tensor, total: Tensor) -> Tensor:

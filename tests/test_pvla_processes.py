@@ -1,0 +1,88 @@
+"""Data-parallel training with PVLA: two processes and the Trainer's defaults give the numbers of one process."""
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+from alignment import CASES, CAUSAL, marked, spoken, steps_logged, trainer_of, weights
+
+
+# Global batches of 8 in two accumulated steps; the third row holds no video, the last evaluated batch isn't full.
+RUNS = {
+    "classifier": (CASES["text encoder"], lambda: marked(16, videos="some"), {"pvla_weight": 0.7}),
+    "causal": (CAUSAL, lambda: spoken(16), {"pvla_weight": 0.7}),
+    "share": (CASES["text encoder"], lambda: marked(16), {"pvla_gradient_share": 0.2, "pvla_health_steps": 1}),
+}
+
+
+def run(name, folder, processes):
+    """Logs, weights and evaluation of a run of two steps, by one of the processes."""
+    case, data, options = RUNS[name]
+    data = data()
+    # As many labels in each: over devices the Trainer weighs samples by them in evaluation.
+    evaluated = [row | {"labels": data[3]["labels"]} for row in data[3:10]]
+    batch = 4 // processes
+    trainer = trainer_of(
+        case,
+        case.model(),
+        folder / f"{name}-{processes}",
+        data,
+        evaluated,
+        batch,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=1,
+        pvla_plot_plans=True,
+        **options,
+    )
+    trainer.train()
+    return {"logs": steps_logged(trainer), "weights": weights(trainer.model), "metrics": trainer.evaluate()}
+
+
+def work(rank, processes, folder, port):
+    warnings.simplefilter("ignore")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    torch.save({name: run(name, folder, processes) for name in RUNS}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (2, folder, port), nprocs=2)
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["classifier", "causal"])
+def test_two_processes_are_one(name, processes, tmp_path):
+    """Losses of each step, weights after them and means over the evaluated samples."""
+    expected = run(name, tmp_path, 1)
+    for found in (rank[name] for rank in processes[1]):
+        for log, other in zip(found["logs"], expected["logs"], strict=True):
+            for part in ("loss", "task_loss", "pvla_loss", "grad_norm"):
+                assert log[part] == pytest.approx(other[part], abs=1e-5), part
+        for parameter, value in found["weights"].items():
+            torch.testing.assert_close(value, expected["weights"][parameter], rtol=0, atol=1e-5)
+        for part in ("eval_loss", "eval_task_loss", "eval_pvla_loss"):
+            assert found["metrics"][part] == pytest.approx(expected["metrics"][part], abs=1e-5)
+
+
+def test_processes_share_a_weight(processes):
+    """The measured weight is one for all, so their adapters stay equal."""
+    first, second = (rank["share"] for rank in processes[1])
+    assert [log["pvla_weight"] for log in first["logs"]] == [log["pvla_weight"] for log in second["logs"]]
+    assert first["logs"][0]["pvla_gradient_share"] == pytest.approx(0.2, rel=1e-3)
+    for parameter, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][parameter])
+
+
+def test_one_process_draws(processes):
+    folder = processes[0] / "classifier-2" / "pvla_plans"
+    assert [path.name for path in folder.iterdir()] == ["eval-step-2.png"]

@@ -1,0 +1,67 @@
+"""Partial transport as it is defined: slow, one sample at a time, matrices where the package has vectors."""
+
+import numpy as np
+import ot
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linprog
+
+
+SIZES = [(8, 8), (32, 16), (75, 32), (256, 64)]
+
+
+def cosine_costs(size, dim=64, batch=4, seed=0, dtype=torch.float64):
+    """Costs of random normal features, of `batch` samples."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (F.normalize(torch.randn(batch, n, dim, generator=generator, dtype=torch.float64), dim=-1) for n in size)
+    return (1 - x @ y.mT).to(dtype)
+
+
+def capacities(size, marginals):
+    """What each frame and each word may carry, as float64."""
+    counts = (min(size), min(size)) if marginals == "unit" else size
+    return tuple(torch.full((n,), 1 / count, dtype=torch.float64) for n, count in zip(size, counts, strict=True))
+
+
+def dykstra(cost, a, b, s, reg, n_iter=20_000):
+    """Benamou et al. 2015, Proposition 5: projections on three sets in turn, each with the correction of its own."""
+    plan, corrections = torch.exp(-cost / reg), [torch.ones_like(cost) for _ in range(3)]
+    projections = [
+        lambda t: t * (a / t.sum(1)).clamp(max=1)[:, None],
+        lambda t: t * (b / t.sum(0)).clamp(max=1),
+        lambda t: t * (s / t.sum()),
+    ]
+    for _ in range(n_iter):
+        for i, project in enumerate(projections):
+            before = plan * corrections[i]
+            plan = project(before)
+            corrections[i] = before / plan
+    return plan
+
+
+def pot_entropic(cost, a, b, s, reg, n_iter=4000):
+    """POT's solver of the same problem, which has to run to the end: it stops too early at any other `stopThr`."""
+    s = torch.as_tensor(s, dtype=cost.dtype).clamp(max=min(a.sum(), b.sum()))
+    return ot.partial.entropic_partial_wasserstein(a, b, cost, reg, m=s, method="sinkhorn_log", numItermax=n_iter)
+
+
+def linear_program(cost, a, b, s):
+    """The least cost without entropy."""
+    rows, columns = cost.shape
+    limits = np.concatenate([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
+    found = linprog(
+        cost.ravel(), A_ub=limits, b_ub=np.concatenate([a, b]), A_eq=np.ones((1, cost.size)), b_eq=[s], method="highs"
+    )
+    assert found.success, found.message
+    return found.fun
+
+
+def regularised_value(plan, cost, reg):
+    """What is minimised, of every sample: `(batch,)`."""
+    return (plan * cost + reg * (torch.xlogy(plan, plan) - plan)).sum((-2, -1))
+
+
+def central_differences(function, x, step=1e-5):
+    """Gradient at the one sample x, `(1, ...)`, of a function of a batch of samples to `(batch,)`."""
+    steps = step * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape[1:])
+    return ((function(x + steps) - function(x - steps)) / (2 * step)).view_as(x)
