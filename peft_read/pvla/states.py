@@ -186,7 +186,10 @@ class BlockStates(StateSource):
 
     def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
         ids = batch.get("input_ids")
-        return None if ids is None else (ids, self._masks(batch)[1])
+        if ids is None:
+            return None
+        text = self._masks(batch)[1]  # longer than the ids where the model puts frames behind the words
+        return None if text[:, ids.shape[1] :].any() else (ids, text[:, : ids.shape[1]])
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
         masks = self._masks(batch)
