@@ -26,21 +26,23 @@ from typing import Any
 
 import torch
 import transformers
+from common.annotations import SPLITS, decode_clips
+from common.files import RESULTS, check_output
+from common.training import train
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
 from video_grounding import ordered_digits
-from video_grounding.annotations import SPLITS, Annotation, decode_clips, read_annotations
+from video_grounding.annotations import Annotation, read_annotations
 from video_grounding.features import Collator, FrameEncoder, make_examples
 from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.report import draw_saliency
-from video_grounding.training import Examples, grounding_metrics, predict, train
+from video_grounding.training import Examples, grounding_metrics, predict
 
 from peft_read import PvlaTrainer
 from peft_read.pvla.picture import ExamplePlan
 from peft_read.pvla.states import BLOCK_SOURCES
 
 
-RESULTS = "results.json"
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "read": {"r": 16, "cell": "gru"},
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
@@ -192,13 +194,6 @@ def fit(
         description=method,
         pvla=None if method == "head" else {name: getattr(args, name) for name in names},
     )
-
-
-def check_output(folder: Path) -> None:
-    """Refuse to write into a folder that holds something else than an earlier run of this script."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / RESULTS).is_file():
-        raise SystemExit(f"{folder} isn't empty and wasn't written by this script: choose another --output.")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

@@ -10,9 +10,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from common.annotations import decode_clips
+from common.embedded import digit_images
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 from video_grounding import ordered_digits
-from video_grounding.annotations import Annotation, decode_clips, read_annotations
+from video_grounding.annotations import Annotation, read_annotations
 from video_grounding.features import Collator
 from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.training import INPUTS, grounding_metrics
@@ -128,7 +130,7 @@ def test_stories_ask_for_what_order_decides():
         assert len(story.event_of_clip) == ordered_digits.NUM_CLIPS
         assert sorted(set(story.event_of_clip) - {-1}) == list(range(len(story.digits)))
         assert all(a != b for a, b in zip(story.digits, story.digits[1:], strict=False))
-    pools = ordered_digits.digit_images()
+    pools = digit_images()
     seen = [{image.tobytes() for images in pool.values() for image in images} for pool in pools.values()]
     assert not seen[0] & seen[1]
     assert not seen[0] & seen[2]

@@ -130,7 +130,7 @@ def naive_short_term(streams, masks, batch, window, importance=None):
                     if index != w:
                         continue
                     size = R // HEADS  # the first of the two heads looks by time
-                    strength = math.sqrt(TIME_PREFERENCE * 2 / size * math.sqrt(size)) if window > 1 else 0
+                    strength = math.sqrt(TIME_PREFERENCE * 2 / size * math.sqrt(size))
                     code = strength * sinusoids(time, math.pi / window, math.pi, size // 2)
                     code = torch.cat([code, torch.zeros(R - size, dtype=torch.float64)])
                     g = importance[b, t] if tower == "vision" and importance is not None else torch.tensor(1.0)

@@ -24,11 +24,12 @@ from transformers import AutoTokenizer
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
+from common.training import train  # noqa: E402
 from finetune_video import FEATURE_NOISE, LEARNING_RATE, adapt, load_base  # noqa: E402
 from video_grounding import ordered_digits  # noqa: E402
 from video_grounding.annotations import read_annotations  # noqa: E402
 from video_grounding.features import Collator, FrameEncoder, make_examples  # noqa: E402
-from video_grounding.training import Examples, grounding_metrics, predict, train  # noqa: E402
+from video_grounding.training import Examples, grounding_metrics, predict  # noqa: E402
 
 
 PVLA = {"pvla_gradient_share": 0.05, "pvla_states": "all_blocks"}

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from common.annotations import decode_clips
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from .annotations import Annotation, decode_clips
+from .annotations import Annotation
 
 
 class FrameEncoder:

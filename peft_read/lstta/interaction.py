@@ -165,7 +165,8 @@ def short_term_interaction(
 
     Queries and keys of timed tokens carry a time code, the same for all towers: an image tower doesn't know which
     frame it sees. Half of the heads look by time, sharply; the others, without the code, at the window as a whole, or
-    else text, which has no time, would hardly be seen. Untimed tokens take part in every window, and are told the mean
+    else text, which has no time, would hardly be seen. That holds in windows of one frame as well, where a frame's few
+    tokens of sound would be lost among words. Untimed tokens take part in every window, and are told the mean
     over the windows, weighted by importance. A frame's log importance is added to the logits of its tokens as keys,
     and its importance scales what its tokens are told: as it goes to 0, the frame goes away, as if it were masked.
 
@@ -209,12 +210,10 @@ def _in_windows(
     if stream.timed is not None:
         steps, per_step = windows.steps[tower], stream.timed.shape[2]
         width = stream.timed.shape[-1] // 3
-        coded = stream.timed
-        if windows.window > 1:
-            code = _time_code(steps.time, stream.timed, windows.window, width // num_heads)
-            by_time = max(1, num_heads // 2)
-            code = F.pad(code.repeat(1, 1, by_time), (0, width - by_time * code.shape[-1]))
-            coded = coded + F.pad(code.repeat(1, 1, 2), (0, width)).unsqueeze(2)  # queries and keys, not values
+        code = _time_code(steps.time, stream.timed, windows.window, width // num_heads)
+        by_time = max(1, num_heads // 2)
+        code = F.pad(code.repeat(1, 1, by_time), (0, width - by_time * code.shape[-1]))
+        coded = stream.timed + F.pad(code.repeat(1, 1, 2), (0, width)).unsqueeze(2)  # queries and keys, not values
         parts.append(steps.split(coded).flatten(2, 3))
         bias = _bias(steps.filled, stream.timed)
         if tower == "vision" and log_importance is not None:

@@ -1,0 +1,1 @@
+"""What the examples share: reading data folders, writing results, real images and a text encoder, training."""

@@ -1,0 +1,1 @@
+"""Questions about clips that only pictures, sound and text together can answer."""
