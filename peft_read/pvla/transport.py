@@ -16,7 +16,7 @@ Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]
 # Of a pair that may carry nothing. Finite, so that a sample without any pair gives no NaN on the way.
 FORBIDDEN = -1e30
 # Iterations between two evaluations of exp(logits + potentials): products of many small steps drift off and overflow.
-ABSORB_EVERY = 10
+ABSORB_EVERY = 25
 # Iterations between two in which the total mass is met jointly with either side, not after both.
 SET_MASS_EVERY = 5
 # Bound of what a potential may rise between two absorptions: keeps products of two of its exponentials in float32.
@@ -130,13 +130,13 @@ def _solve_entropic(
         off = s / kernel.sum((1, 2), keepdim=True)  # rounding would add up in the level
         kernel, level = kernel.mul_(off), level + off.log()
         most_u, most_v = ((top - x).clamp(max=LARGEST_RISE).exp() for top, x in ((top_f, f), (top_g, g)))
-        v, t = torch.ones_like(g), torch.ones_like(level)
+        transposed, v, t = kernel.mT, torch.ones_like(g), torch.ones_like(level)
         for i in range(min(ABSORB_EVERY, n_iter - start)):
-            sums = v @ kernel.mT
+            sums = torch.bmm(v, transposed)
             if i % SET_MASS_EVERY == 0:
                 t = torch.where(some_a, _factor(sums * most_u, a, s, t), t)
-            u = torch.minimum(a / (sums * t), most_u)
-            sums = u @ kernel
+            u = torch.minimum(a / sums.mul_(t), most_u)
+            sums = torch.bmm(u, kernel)
             if i % SET_MASS_EVERY == 0:
                 t = torch.where(some_b, _factor(sums * most_v, b, s, t), t)
             v = torch.minimum(b / (sums * t), most_v)
@@ -179,11 +179,11 @@ def _factor(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
     Exactly: a step that passes the root lowers the dual value, and may do so time and again.
     """
-    order = (capacity / sums).masked_fill(sums <= 0, torch.inf).argsort(2)
+    filled_at, order = (capacity / sums).sort(2)
     capacity = capacity.gather(2, order)
-    full = capacity.cumsum(2) - capacity
-    free = sums.gather(2, order).flip(2).cumsum(2).flip(2)
-    factor = ((s - full) / free).masked_fill(free <= 0, 0).amax(2, keepdim=True)
+    full = capacity.cumsum(2).sub_(capacity)
+    free = (capacity / filled_at).flip(2).cumsum(2).flip(2)
+    factor = ((s - full) / free).masked_fill_(free <= 0, 0).amax(2, keepdim=True)
     bound = 1e12  # against t, the last one: far from the solution, all that is free may have underflown
     return torch.minimum(torch.maximum(factor, t / bound), t * bound)
 
