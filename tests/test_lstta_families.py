@@ -20,6 +20,10 @@ from peft_read.lstta.layer import LsttaLayer
 from peft_read.trimodal.layouts import takes_videos
 
 
+# How transformers before 5.23 defines functions of DeBERTa.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
 def towers_around(family):
     """A family's tower with usual ones of the other modalities."""
     usual = {"vision": "vit", "audio": "ast", "text": "bert"} | {FAMILIES[family].modality: family}

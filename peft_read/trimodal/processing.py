@@ -94,6 +94,8 @@ class TrimodalProcessor(PushToHubMixin):
         if vision is not None:
             try:
                 parts["vision"] = AutoImageProcessor.from_pretrained(vision)
+            except ImportError:  # transformers before 5.23 without torchvision
+                parts["vision"] = _pil_image_processor(vision)
             except (OSError, ValueError):
                 parts["vision"] = AutoVideoProcessor.from_pretrained(vision)
         for name, source in (("audio", audio), ("text", text)):
@@ -302,6 +304,12 @@ class TrimodalProcessor(PushToHubMixin):
         parts = {name: _load(folder / name, part["kind"], part["class"]) for name, part in content["parts"].items()}
         options = {name: kwargs.get(name, content[name]) for name in ("num_frames", "frame_padding")}
         return cls(**parts, **options)
+
+
+def _pil_image_processor(name: str) -> Any:
+    kind = transformers.BaseImageProcessor.get_image_processor_dict(name)[0]["image_processor_type"]
+    pil_kind = kind.removesuffix("Pil").removesuffix("Fast") + "Pil"
+    return getattr(transformers, pil_kind, getattr(transformers, kind)).from_pretrained(name)
 
 
 def _load(folder: Path, kind: str, name: str) -> Any:
