@@ -91,7 +91,7 @@ def partial_transport(
         with torch.no_grad():
             total = torch.minimum(frames.sum(1), words.sum(1)) * (mass.to(cost) if isinstance(mass, Tensor) else mass)
             if solver == "entropic":
-                plan, residual = _solve_entropic(cost, frames, words, total, masks, reg, n_iter)
+                plan, residual = _solve_entropic(cost, frames, words, total, masks, pairs, reg, n_iter)
             elif solver == "exact":
                 plan, residual = _solve_exact(cost, frames, words, total), torch.zeros_like(total)
             else:
@@ -103,14 +103,21 @@ def partial_transport(
 
 
 def _solve_entropic(
-    cost: Tensor, a: Tensor, b: Tensor, total: Tensor, masks: tuple[Tensor, Tensor], reg: float, n_iter: int
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    total: Tensor,
+    masks: tuple[Tensor, Tensor],
+    pairs: Tensor,
+    reg: float,
+    n_iter: int,
 ) -> tuple[Tensor, Tensor]:
     """Plan and residual. The plan is `exp(logits + f + g + level)`: f and g the sides' potentials, `level` the mass's.
 
     A side of which all mass goes has an equality to meet, and its potential is free; else it is at most 0. Iterations
     run on `kernel = exp(...)` and factors u, v, t of the potentials' exponentials, by matrix-vector products.
     """
-    logits = (cost / -reg).masked_fill(~(masks[0][:, :, None] & masks[1][:, None, :]), FORBIDDEN)
+    logits = (cost / -reg).masked_fill(~pairs, FORBIDDEN)
     # Vectors over frames and words are rows, `(batch, 1, points)`: products with rows are faster than with columns.
     # Padding gets any capacity above 0 and, its row of the kernel being 0, stays out of every sum.
     some_frames, some_words = (mask[:, None] for mask in masks)
