@@ -104,7 +104,8 @@ class TowerStates(StateSource):
         self.model = model
 
     def samples(self, batch: Batch) -> Tensor | None:
-        return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().any(1).sum()
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        return ids.new_tensor(len(ids)) if mask is None else mask.bool().any(1).sum()
 
     def words(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         return batch["input_ids"], batch.get("attention_mask")

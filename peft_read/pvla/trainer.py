@@ -121,8 +121,8 @@ class PvlaMixin(TrainerLike):
         """The batches of one optimizer step, of which the samples that can be aligned are counted."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if self._source is not None:
-            counts = [self._source.samples(self._on_device(batch)) for batch in batches]
-            known = [count for count in counts if count is not None]
+            counts = [self._source.samples(batch) for batch in batches]
+            known = [count.to(self.args.device) for count in counts if count is not None]
             self._samples_in_step = self.accelerator.reduce(sum(known)) if known else None
         return batches, items
 
@@ -146,7 +146,7 @@ class PvlaMixin(TrainerLike):
         if in_step and torch.is_grad_enabled() and not details.distance.requires_grad:
             raise RuntimeError("PVLA's states carry no gradient: no adapter that is trained comes before them.")
         divisor = self._batches_divided_by(num_items_in_batch) if in_step else 1
-        alignment = self._mean_over_step(details, model) if in_step else _mean(details)
+        alignment = self._mean_over_step(details) if in_step else _mean(details)
         if in_step:
             self._measure(task / divisor, alignment, states, details)
             self._remember(task / divisor, alignment)
@@ -169,7 +169,7 @@ class PvlaMixin(TrainerLike):
             scaled = scaled or self.compute_loss_func is not None
         return 1 if scaled else self.current_gradient_accumulation_steps
 
-    def _mean_over_step(self, details: PvlaDetails, model: nn.Module) -> Tensor:
+    def _mean_over_step(self, details: PvlaDetails) -> Tensor:
         """This batch's part of the mean over all samples of the optimizer step, on all devices."""
         if self._samples_in_step is None:
             return _mean(details) / self.current_gradient_accumulation_steps
