@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from common.annotations import decode_clips
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedTokenizerBase
+
+from peft_read.trimodal.processing import pil_image_processor
 
 from .annotations import Annotation
 
@@ -29,7 +30,7 @@ class FrameEncoder:
     def __init__(self, name: str | Path) -> None:
         self.model = AutoModel.from_pretrained(name).eval()
         self.model = getattr(self.model, "vision_model", self.model)
-        self.processor = _pil_image_processor(name)
+        self.processor = pil_image_processor(name)
         if torch.cuda.is_available():
             self.model.to("cuda")
 
@@ -43,13 +44,6 @@ class FrameEncoder:
             pooled = getattr(output, "pooler_output", None)
             features.append((output.last_hidden_state.mean(1) if pooled is None else pooled).flatten(1).float().cpu())
         return torch.cat(features).clone()
-
-
-def _pil_image_processor(name: str | Path) -> transformers.BaseImageProcessor:
-    """The image processor that works on PIL images; `AutoImageProcessor` needs torchvision in older releases."""
-    kind = transformers.BaseImageProcessor.get_image_processor_dict(name)[0]["image_processor_type"]
-    pil_kind = kind.removesuffix("Pil").removesuffix("Fast") + "Pil"
-    return getattr(transformers, pil_kind, getattr(transformers, kind)).from_pretrained(name)
 
 
 def make_examples(

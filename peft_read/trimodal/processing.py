@@ -95,7 +95,7 @@ class TrimodalProcessor(PushToHubMixin):
             try:
                 parts["vision"] = AutoImageProcessor.from_pretrained(vision)
             except ImportError:  # transformers before 5.23 without torchvision
-                parts["vision"] = _pil_image_processor(vision)
+                parts["vision"] = pil_image_processor(vision)
             except (OSError, ValueError):
                 parts["vision"] = AutoVideoProcessor.from_pretrained(vision)
         for name, source in (("audio", audio), ("text", text)):
@@ -306,7 +306,12 @@ class TrimodalProcessor(PushToHubMixin):
         return cls(**parts, **options)
 
 
-def _pil_image_processor(name: str) -> Any:
+def pil_image_processor(name: str | Path) -> Any:
+    """The image processor of a model, in the form that needs no torchvision.
+
+    Args:
+        name: id of the model on the Hub, or path of a folder.
+    """
     kind = transformers.BaseImageProcessor.get_image_processor_dict(name)[0]["image_processor_type"]
     pil_kind = kind.removesuffix("Pil").removesuffix("Fast") + "Pil"
     return getattr(transformers, pil_kind, getattr(transformers, kind)).from_pretrained(name)
