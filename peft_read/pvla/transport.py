@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..precision import without_autocast
 
 
 Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]
 
-# Of a pair that may carry nothing. Finite, so that a sample without any pair gives no NaN on the way.
-FORBIDDEN = -1e30
+# Cost of a pair that may carry nothing, in units of reg. Finite, so that a sample without any pair gives no NaN.
+FORBIDDEN = 1e30
 # Iterations between two evaluations of exp(logits + potentials): products of many small steps drift off and overflow.
 ABSORB_EVERY = 25
-# Iterations between two in which the total mass is met jointly with either side, not after both.
-SET_MASS_EVERY = 5
+# Iterations between two in which the total mass is met jointly with a side, the two sides in turn, not after both.
+SET_MASS_EVERY = 6
 # Bound of what a potential may rise between two absorptions: keeps products of two of its exponentials in float32.
 LARGEST_RISE = 40.0
 # A mass this close to all that a side can carry is all of it, in float32.
@@ -86,20 +87,35 @@ def partial_transport(
     with without_autocast(cost.device):
         cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
         frames, words, masks = _capacities(cost, marginals, frame_mask, word_mask)
-        pairs = masks[0][:, :, None] & masks[1][:, None, :]
-        cost = cost.masked_fill(~pairs, 0)
         with torch.no_grad():
+            # NaN in padding would survive a product with a plan of 0.
+            costs = torch.where(masks[0][:, :, None] & masks[1][:, None, :], cost, FORBIDDEN * reg)
             total = torch.minimum(frames.sum(1), words.sum(1)) * (mass.to(cost) if isinstance(mass, Tensor) else mass)
             if solver == "entropic":
-                plan, residual = _solve_entropic(cost, frames, words, total, masks, pairs, reg, n_iter)
+                plan, residual = _solve_entropic(costs, frames, words, total, masks, reg, n_iter)
             elif solver == "exact":
-                plan, residual = _solve_exact(cost, frames, words, total), torch.zeros_like(total)
+                plan, residual = _solve_exact(costs, frames, words, total), torch.zeros_like(total)
             else:
                 raise ValueError(f"solver={solver!r}: expected 'entropic' or 'exact'.")
-            solved = pairs.flatten(1).any(1)
-            plan = torch.where(solved[:, None, None] & pairs, plan, 0)
-            residual = torch.where(solved, residual, 0)
-        return PartialTransport(plan, (plan * cost).sum((1, 2)), residual)
+            unsolvable = ~(masks[0].any(1) & masks[1].any(1))
+            plan, residual = plan.masked_fill_(unsolvable[:, None, None], 0), residual.masked_fill_(unsolvable, 0)
+            value = (plan * costs).sum((1, 2))
+        return PartialTransport(plan, _Envelope.apply(cost, value, plan), residual)
+
+
+class _Envelope(torch.autograd.Function):
+    """The minimised value as a function of the costs, whose gradient is the plan."""
+
+    @staticmethod
+    def forward(ctx: Any, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:
+        ctx.save_for_backward(plan)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (plan,) = ctx.saved_tensors
+        return gradient[:, None, None] * plan, None, None
 
 
 def _solve_entropic(
@@ -108,7 +124,6 @@ def _solve_entropic(
     b: Tensor,
     total: Tensor,
     masks: tuple[Tensor, Tensor],
-    pairs: Tensor,
     reg: float,
     n_iter: int,
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +132,6 @@ def _solve_entropic(
     A side of which all mass goes has an equality to meet, and its potential is free; else it is at most 0. Iterations
     run on `kernel = exp(...)` and factors u, v, t of the potentials' exponentials, by matrix-vector products.
     """
-    logits = (cost / -reg).masked_fill(~pairs, FORBIDDEN)
     # Vectors over frames and words are rows, `(batch, 1, points)`: products with rows are faster than with columns.
     # Padding gets any capacity above 0 and, its row of the kernel being 0, stays out of every sum.
     some_frames, some_words = (mask[:, None] for mask in masks)
@@ -126,40 +140,49 @@ def _solve_entropic(
     top_f, top_g = (torch.zeros_like(s).masked_fill(~some_stays, torch.inf) for some_stays in (some_a, some_b))
 
     # A start from the exact optimum over f and the level, then over g and the level, leaves no stall to sit out.
-    sums = logits.logsumexp(2)[:, None]
-    f = torch.minimum(a.log() - sums - _level(sums, a, some_frames, s), top_f).masked_fill(~some_frames, 0)
-    sums = (logits + f.mT).logsumexp(1, keepdim=True)
-    level = _level(sums, b, some_words, s)
-    g = torch.minimum(b.log() - sums - level, top_g).masked_fill(~some_words, 0)
+    kernel = cost / -reg  # written again and again: fresh memory for each would cost more than the arithmetic
+    sums = _log_sum_exp_(kernel, 1)
+    g = torch.minimum(b.log() - sums - _level(sums, b, some_words, s), top_g).masked_fill(~some_words, 0)
+    sums = _log_sum_exp_(torch.add(g, cost, alpha=-1 / reg, out=kernel), 2).mT
+    level = _level(sums, a, some_frames, s)
+    f = torch.minimum(a.log() - sums - level, top_f).masked_fill(~some_frames, 0)
 
+    transposed = torch.empty_like(kernel.mT, memory_format=torch.contiguous_format)
     for start in range(0, n_iter, ABSORB_EVERY):
-        kernel = (logits + (f + level).mT).add_(g).exp_()
+        torch.add((f + level).mT, cost, alpha=-1 / reg, out=kernel).add_(g).exp_()
         off = s / kernel.sum((1, 2), keepdim=True)  # rounding would add up in the level
-        kernel, level = kernel.mul_(off), level + off.log()
+        level = level + off.log()
+        transposed.copy_(kernel.mul_(off).mT)
         most_u, most_v = ((top - x).clamp(max=LARGEST_RISE).exp() for top, x in ((top_f, f), (top_g, g)))
-        transposed, v, t = kernel.mT, torch.ones_like(g), torch.ones_like(level)
-        for i in range(min(ABSORB_EVERY, n_iter - start)):
-            sums = torch.bmm(v, transposed)
-            if i % SET_MASS_EVERY == 0:
-                t = torch.where(some_a, _factor(sums * most_u, a, s, t), t)
-            u = torch.minimum(a / sums.mul_(t), most_u)
+        u, t = torch.ones_like(f), torch.ones_like(level)
+        for i in range(1, 1 + min(ABSORB_EVERY, n_iter - start)):
             sums = torch.bmm(u, kernel)
-            if i % SET_MASS_EVERY == 0:
+            if i % (2 * SET_MASS_EVERY) == SET_MASS_EVERY:
                 t = torch.where(some_b, _factor(sums * most_v, b, s, t), t)
-            v = torch.minimum(b / (sums * t), most_v)
-            t = s / (sums * v).sum(2, keepdim=True)
+            v = torch.minimum(b / sums.mul_(t), most_v)
+            sums = torch.bmm(v, transposed)
+            if i % (2 * SET_MASS_EVERY) == 0:
+                t = torch.where(some_a, _factor(sums * most_u, a, s, t), t)
+            u = torch.minimum(a / (sums * t), most_u)
+            t = s / (sums * u).sum(2, keepdim=True)
         tiny = torch.finfo(u.dtype).tiny
         f = torch.minimum(f + u.clamp(min=tiny).log(), top_f).masked_fill(~some_frames, 0)
         g = torch.minimum(g + v.clamp(min=tiny).log(), top_g).masked_fill(~some_words, 0)
         level = level + t.log()
 
     # The mass from the potentials themselves, which bounds the plan whatever happened on the way.
-    logits = logits + f.mT + g
-    plan = (logits - logits.flatten(1).logsumexp(1)[:, None, None]).exp()
-    plan = plan * (s / plan.sum((1, 2), keepdim=True))
+    plan = torch.add(f.mT, cost, alpha=-1 / reg, out=kernel).add_(g)
+    plan.sub_(plan.amax((1, 2), keepdim=True)).exp_()
+    plan.mul_(s / plan.sum((1, 2), keepdim=True))
     residual = _unmet(plan.sum(2)[:, None], f, a, top_f, some_frames)
     residual = residual + _unmet(plan.sum(1, keepdim=True), g, b, top_g, some_words)
     return plan, residual / total
+
+
+def _log_sum_exp_(x: Tensor, dim: int) -> Tensor:
+    """Its logsumexp, dimension kept. `x` is overwritten."""
+    most = x.amax(dim, keepdim=True)
+    return x.sub_(most).exp_().sum(dim, keepdim=True).log_().add_(most)
 
 
 def _some_stays(capacity: Tensor, mask: Tensor, s: Tensor) -> Tensor:
@@ -176,9 +199,9 @@ def _level(log_sums: Tensor, capacity: Tensor, mask: Tensor, s: Tensor) -> Tenso
     order = (capacity.log() - log_sums).masked_fill(~mask, torch.inf).argsort(2)
     capacity = (capacity * mask).gather(2, order)
     full = capacity.cumsum(2) - capacity
-    free = log_sums.masked_fill(~mask, FORBIDDEN).gather(2, order).flip(2).logcumsumexp(2).flip(2)
+    free = log_sums.masked_fill(~mask, -FORBIDDEN).gather(2, order).flip(2).logcumsumexp(2).flip(2)
     levels = (s - full).clamp(min=torch.finfo(s.dtype).tiny).log() - free
-    return levels.masked_fill(free < FORBIDDEN / 2, -torch.inf).amax(2, keepdim=True)
+    return levels.masked_fill(free < -FORBIDDEN / 2, -torch.inf).amax(2, keepdim=True)
 
 
 def _factor(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -192,7 +215,7 @@ def _factor(sums: Tensor, capacity: Tensor, s: Tensor, t: Tensor) -> Tensor:
     free = (capacity / filled_at).flip(2).cumsum(2).flip(2)
     factor = ((s - full) / free).masked_fill_(free <= 0, 0).amax(2, keepdim=True)
     bound = 1e12  # against t, the last one: far from the solution, all that is free may have underflown
-    return torch.minimum(torch.maximum(factor, t / bound), t * bound)
+    return factor.clamp(t / bound, t * bound)
 
 
 def _unmet(sums: Tensor, potential: Tensor, capacity: Tensor, top: Tensor, mask: Tensor) -> Tensor:
