@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+
+from .sharding import blocks_to_shard
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -55,6 +58,14 @@ class AdapterTuner(BaseTuner):
 
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def _no_split_modules(self) -> list[str] | set[str] | None:
+        """Class names of the blocks that FSDP wraps, where transformers, PEFT and Accelerate look for them."""
+        if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return self.model._no_split_modules  # which a device map goes by as well
+        layers = (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
+        return blocks_to_shard(self.model, layers)
 
     def _refuse_name(self, name: str) -> NoReturn:
         method = self.prefix.removesuffix("_").upper()

@@ -1,0 +1,83 @@
+"""Training by two processes, sharded or not: the losses, saved, files and predictions of one process."""
+
+import warnings
+
+import devices
+import pytest
+import torch
+from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
+from safetensors.torch import load_file
+
+
+RUNS = [("read", "ddp"), ("read", "fsdp2"), ("read", "fsdp1"), ("lstta", "ddp"), ("lstta", "fsdp2")]
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+def train(rank, folder, port):
+    warnings.simplefilter("ignore")
+    devices.join(rank, port)
+    found = {}
+    for name, strategy in RUNS:
+        found[name, strategy] = run(name, folder / f"{name}-{strategy}", 2, strategy)
+    for strategy in ("ddp", "fsdp2"):
+        found["resumed", strategy] = run("read", folder / f"killed-{strategy}", 2, strategy, resume=True)
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def train_until_killed(rank, folder, port, strategy):
+    warnings.simplefilter("ignore")
+    devices.join(rank, port)
+    saving = {"save_strategy": "steps", "save_steps": SAVED}
+    run("read", folder / f"killed-{strategy}", 2, strategy, callback=Kill() if rank == 0 else None, **saving)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("devices")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What each of two processes found in the runs, those included that were killed before."""
+    context = torch.multiprocessing.get_context("spawn")
+    for strategy in ("ddp", "fsdp2"):
+        port = devices.free_port()
+        workers = [context.Process(target=train_until_killed, args=(r, folder, port, strategy)) for r in range(2)]
+        for worker in workers:
+            worker.start()
+        workers[0].join()
+        workers[1].kill()
+        workers[1].join()
+        assert workers[0].exitcode == -9
+        assert [path.name for path in (folder / f"killed-{strategy}").glob("checkpoint-*")] == [f"checkpoint-{SAVED}"]
+    torch.multiprocessing.spawn(train, (folder, devices.free_port()), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """What one process finds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: run(name, folder / f"{name}-1") for name in ("read", "lstta")}
+
+
+@pytest.mark.parametrize(("name", "strategy"), [*RUNS, ("resumed", "ddp"), ("resumed", "fsdp2")])
+def test_two_processes_are_one(name, strategy, found, expected):
+    """The losses of each step, the saved after them, and predictions for any number of examples, each once."""
+    one = expected["lstta" if name == "lstta" else "read"]
+    parts = ("loss", "grad_norm") if name == "lstta" else ("loss", "task_loss", "pvla_loss", "grad_norm")
+    assert sum(log["loss"] for log in one.logs[-EPOCH:]) < sum(log["loss"] for log in one.logs[:EPOCH])
+    for each in (rank[name, strategy] for rank in found):
+        assert [log["step"] for log in each.logs] == list(range(1, STEPS + 1))
+        for log, other in zip(each.logs, one.logs, strict=True):
+            for part in parts:
+                assert log[part] == pytest.approx(other[part], abs=1e-4), (log["step"], part)
+        if strategy != "fsdp1":
+            assert each.saved.keys() == one.saved.keys()
+            for parameter, value in each.saved.items():
+                torch.testing.assert_close(value, one.saved[parameter], rtol=0, atol=1e-5, msg=parameter)
+        for count, mine, other in zip(UNEVEN, each.predictions, one.predictions, strict=True):
+            assert mine.shape == other.shape == (count, 3)
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=0, atol=1e-4)
