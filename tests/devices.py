@@ -16,9 +16,9 @@ from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from alignment import CASES, arguments, marked, random, trainer_of, words
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import (
     ASTConfig,
@@ -115,6 +115,7 @@ class Found:
     """What a process found in a run.
 
     Attributes:
+        trained: steps that it trained itself.
         logs: of each step.
         predictions: of `UNEVEN` examples each.
         saved: the weights in the adapter's file.
@@ -122,6 +123,7 @@ class Found:
         units: classes of the modules that are sharded as a unit.
     """
 
+    trained: int
     logs: list
     predictions: list
     saved: dict | None
@@ -133,6 +135,8 @@ def run(name, folder, processes=1, strategy="ddp", resume=False, callback=None, 
     """One of `TRAINERS`, as this process sees it; the adapter is saved below `folder`."""
     with fsdp(strategy) if strategy != "ddp" else nullcontext():
         trainer = TRAINERS[name](folder, 4 // processes, **options)
+        counter = CountSteps()
+        trainer.add_callback(counter)
         if callback is not None:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=resume)
@@ -143,6 +147,7 @@ def run(name, folder, processes=1, strategy="ddp", resume=False, callback=None, 
             trainer.save_model(str(adapter))
             trainer.accelerator.wait_for_everyone()
         return Found(
+            counter.steps,
             [entry for entry in trainer.state.log_history if "loss" in entry],
             predictions,
             load_file(adapter / "adapter_model.safetensors") if adapter.exists() else None,
@@ -197,6 +202,13 @@ def fsdp(strategy):
         mock.patch.object(FSDP1, "__init__", init_fsdp1),
     ):
         yield
+
+
+class CountSteps(TrainerCallback):
+    steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
 
 
 class Kill(TrainerCallback):

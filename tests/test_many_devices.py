@@ -6,7 +6,6 @@ import devices
 import pytest
 import torch
 from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
-from safetensors.torch import load_file
 
 
 RUNS = [("read", "ddp"), ("read", "fsdp2"), ("read", "fsdp1"), ("lstta", "ddp"), ("lstta", "fsdp2")]
@@ -70,6 +69,7 @@ def test_two_processes_are_one(name, strategy, found, expected):
     parts = ("loss", "grad_norm") if name == "lstta" else ("loss", "task_loss", "pvla_loss", "grad_norm")
     assert sum(log["loss"] for log in one.logs[-EPOCH:]) < sum(log["loss"] for log in one.logs[:EPOCH])
     for each in (rank[name, strategy] for rank in found):
+        assert each.trained == (STEPS - SAVED if name == "resumed" else STEPS)
         assert [log["step"] for log in each.logs] == list(range(1, STEPS + 1))
         for log, other in zip(each.logs, one.logs, strict=True):
             for part in parts:
@@ -81,3 +81,24 @@ def test_two_processes_are_one(name, strategy, found, expected):
         for count, mine, other in zip(UNEVEN, each.predictions, one.predictions, strict=True):
             assert mine.shape == other.shape == (count, 3)
             torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("read", {"PeftModel", "BertLayer", "Embedding"}),
+        ("lstta", {"PeftModel", "ViTLayer", "ASTLayer", "BertLayer", "ViTEmbeddings", "ASTEmbeddings", "Embedding"}),
+    ],
+)
+def test_what_is_sharded(name, units, found):
+    """Every weight, block by block, by Accelerate's own wrapping and without a setting of the user's."""
+    for each in (rank[name, "fsdp2"] for rank in found):
+        assert each.units == units
+    for parameter, (_, size) in found[0][name, "fsdp2"].held.items():
+        assert sum(rank[name, "fsdp2"].held[parameter][0] for rank in found) == size, parameter
+    assert any(".read_" in name or ".lstta_" in name for name in found[0][name, "fsdp2"].held)
+
+
+def test_fsdp1_flattens_adapters_apart(found):
+    """Trained and frozen weights can't share a flat tensor, so the recurrence is a unit of its own, as linears are."""
+    assert found[0]["read", "fsdp1"].units == {"PeftModel", "BertLayer", "Linear", "Recurrence"}
