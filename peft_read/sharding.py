@@ -19,15 +19,28 @@ def blocks_to_shard(model: nn.Module, adapted: Iterable[nn.Module] = ()) -> list
         adapted: the modules in it that are adapted.
     """
     named = set(getattr(model, "_no_split_modules", None) or _classes_of_blocks(model, set(adapted)))
-    apart = {id(embeddings) for embeddings in _embeddings(model)}
+    apart = [embeddings for embeddings in _embeddings(model) if embeddings is not None]
     found, around_embeddings = set(), set()
     for module in model.modules():
         name = type(module).__name__
         if name in named:
             found.add(name)
-            if any(id(part) in apart for part in module.modules()):
+            if any(part is embeddings for part in module.modules() for embeddings in apart):
                 around_embeddings.add(name)
     return sorted(found - around_embeddings)
+
+
+def embeddings_are_a_unit(model: nn.Module) -> bool:
+    """Whether the word embeddings, and the head that is tied to them, can be sharded by themselves.
+
+    They can't where other modules share their weight, as in T5 and BART, or where the model doesn't tell them.
+    """
+    embeddings, head = _embeddings(model)
+    weight = getattr(embeddings, "weight", None)
+    if weight is None:
+        return False
+    owners = [m for m in model.modules() if any(p is weight for p in m.parameters(recurse=False))]
+    return all(owner is embeddings or owner is head for owner in owners)
 
 
 def _classes_of_blocks(model: nn.Module, adapted: set[nn.Module]) -> set[str]:
@@ -43,12 +56,12 @@ def _classes_of_blocks(model: nn.Module, adapted: set[nn.Module]) -> set[str]:
     return names
 
 
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    found = []
+def _embeddings(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Word embeddings and head, as far as the model tells."""
+    found: list[nn.Module | None] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            embeddings = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):  # no transformers model, or one without words
-            continue
-        found += [embeddings] if isinstance(embeddings, nn.Module) else []
-    return found
+            found.append(getattr(model, getter)())
+        except (AttributeError, NotImplementedError):
+            found.append(None)
+    return found[0], found[1]

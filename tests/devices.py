@@ -18,7 +18,7 @@ from alignment import CASES, arguments, marked, random, trainer_of, words
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
 from torch.distributed.tensor import DTensor
 from transformers import (
     ASTConfig,
@@ -153,7 +153,7 @@ def run(name, folder, processes=1, strategy="ddp", resume=False, callback=None, 
             load_file(adapter / "adapter_model.safetensors") if adapter.exists() else None,
             {plain(n): (local(p).numel(), p.numel()) for n, p in model.named_parameters()},
             {type(m).__mro__[2].__name__ for m in model.modules() if isinstance(m, FSDPModule)}
-            | {type(m.module).__name__ for m in model.modules() if isinstance(m, FSDP1)},
+            | {type(m.module).__name__ for m in model.modules() if isinstance(m, Fsdp1)},
         )
 
 
@@ -191,7 +191,7 @@ def fsdp(strategy):
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate itself does
 
-    wrap = FSDP1.__init__
+    wrap = Fsdp1.__init__
 
     def init_fsdp1(self, *args, device_id, **kwargs):
         wrap(self, *args, device_id=torch.device("cpu"), **kwargs)  # CPUs have no numbers there
@@ -199,7 +199,7 @@ def fsdp(strategy):
     with (
         patch_environment(**environment),
         mock.patch.object(AcceleratorState, "__init__", init),
-        mock.patch.object(FSDP1, "__init__", init_fsdp1),
+        mock.patch.object(Fsdp1, "__init__", init_fsdp1),
     ):
         yield
 
