@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,6 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
 from video_grounding import ordered_digits
@@ -45,7 +44,7 @@ from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.report import draw_saliency
 from video_grounding.training import Examples, grounding_metrics, predict
 
-from peft_read import PvlaTrainer
+from peft_read import PvlaTrainer, PvlaTrainingArguments
 from peft_read.pvla.picture import ExamplePlan
 from peft_read.pvla.states import BLOCK_SOURCES
 
@@ -76,7 +75,7 @@ def main() -> None:
     if processes.num_processes == 1:
         make_defaults(args)
     elif args.data is None or args.model is None:
-        once_a_machine(processes, lambda: run_alone(__file__, "--prepare", "--cache", str(args.cache)))
+        once_a_machine(processes, lambda: run_alone(__file__, *sys.argv[1:], "--prepare"))
     name_defaults(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     annotations, examples = from_main_process(processes, lambda: read_examples(args, tokenizer))
@@ -236,15 +235,16 @@ def fit(
     )
 
 
-def predictor(model: torch.nn.Module, collator: Collator) -> Trainer:
+def predictor(model: torch.nn.Module, collator: Collator) -> PvlaTrainer:
     """A Trainer that predicts only."""
-    arguments = TrainingArguments(
+    arguments = PvlaTrainingArguments(
+        pvla_weight=0.0,
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
-    return Trainer(model, arguments, collator)
+    return PvlaTrainer(model, arguments, collator)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

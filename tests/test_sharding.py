@@ -48,7 +48,7 @@ def test_accelerate_shards_every_family(family, sharding):
 
 def test_a_scalar_is_torch_s_to_refuse(sharding):
     """CLIP's scale of the logits."""
-    with pytest.raises(ValueError, match="scalar parameters. Change logit_scale"):
+    with pytest.raises(ValueError, match=r"scalar parameters\. Change logit_scale"):
         shard(adapted("clip"))
 
 
