@@ -165,15 +165,19 @@ def local(parameter):
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def launch_arguments(configuration, *given):
+    """What `accelerate launch` makes of one of the example configurations."""
+    given = ["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), "--num_processes", "2", *given]
+    return _validate_launch_command(launch_command_parser().parse_args([*given, "script.py"]))[0]
+
+
 @contextmanager
 def fsdp(strategy):
     """What `accelerate launch --config_file fsdp2.yaml` tells its processes, and FSDP on CPUs.
 
     There Accelerate silently falls back on DDP, which torch's FSDP doesn't need. `"fsdp1"`: the same by the older one.
     """
-    parser = launch_command_parser()
-    given = ["--config_file", str(CONFIGURATIONS / "fsdp2.yaml"), "--num_processes", "2", "script.py"]
-    environment = prepare_multi_gpu_env(_validate_launch_command(parser.parse_args(given))[0])
+    environment = prepare_multi_gpu_env(launch_arguments("fsdp2"))
     environment = {name: value for name, value in environment.items() if name not in os.environ}
     if strategy == "fsdp1":
         environment |= {

@@ -252,17 +252,23 @@ def test_two_machines(tmp_path, tiny_models):
     data = write_data(tmp_path / "data")
     script = [SCRIPT, "--data", data, "--model", tiny_models / "text", "--frame-encoder", tiny_models / "vision"]
     script += ["--output", tmp_path / "out", "--steps", 2, "--pvla-weight", 0.1]
-    launch = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", SCRIPT.parent / "accelerate" / "ddp.yaml"]
+    launch += ["--num_machines", 2, "--num_processes", 2]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--machine_rank"]
     environment = os.environ | {
         "PYTHONPATH": str(SCRIPT.parents[1]),
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, *map(str, launch + script)]
     machines = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
+        subprocess.Popen(
+            [sys.executable, *map(str, [*launch, rank, *script])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
     ]
     done = [machine.communicate() for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], [stderr for _, stderr in done]

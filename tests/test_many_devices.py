@@ -5,6 +5,7 @@ import warnings
 import devices
 import pytest
 import torch
+import yaml
 from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
 
 
@@ -102,3 +103,18 @@ def test_what_is_sharded(name, units, found):
 def test_fsdp1_flattens_adapters_apart(found):
     """Trained and frozen weights can't share a flat tensor, so the recurrence is a unit of its own, as linears are."""
     assert found[0]["read", "fsdp1"].units == {"PeftModel", "BertLayer", "Linear", "Recurrence"}
+
+
+@pytest.mark.parametrize("configuration", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_configurations_are_accelerate_s(configuration):
+    """Accelerate knows every field, and starts what the name says; on several machines by torchrun, without ssh."""
+    arguments = devices.launch_arguments(configuration, "--num_machines", "2")
+    assert arguments.multi_gpu == (configuration == "ddp")
+    assert arguments.use_fsdp == (configuration == "fsdp2")
+    assert arguments.use_deepspeed == configuration.startswith("zero")
+    known = vars(arguments).keys()
+    for name in yaml.safe_load((devices.CONFIGURATIONS / f"{configuration}.yaml").read_text()).get("fsdp_config", {}):
+        assert name in known
+    if arguments.use_deepspeed:
+        assert arguments.zero_stage == int(configuration[-1])
+        assert arguments.deepspeed_multinode_launcher == "standard"

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ _PATIENCE = timedelta(hours=12)
 
 def join_processes() -> PartialState:
     """This process among those that torchrun or Accelerate has started, if any."""
-    return PartialState(timeout=_PATIENCE)
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
 
 
 def from_main_process(processes: PartialState, make: Callable[[], T]) -> T:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from peft_read import PvlaTrainer, PvlaTrainingArguments
+
+from .processes import join_processes
 
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -55,7 +56,7 @@ def train(
         description: shown with the progress.
         pvla: options of PVLA; none by default, and the Trainer is transformers' own.
     """
-    processes = PartialState().num_processes
+    processes = join_processes().num_processes
     if batch_size % processes:
         raise ValueError(f"A batch of {batch_size} can't be shared equally by {processes} processes.")
     arguments = PvlaTrainingArguments(
