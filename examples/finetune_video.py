@@ -27,7 +27,7 @@ import torch
 import transformers
 from common.annotations import SPLITS, decode_clips
 from common.files import RESULTS, check_output
-from common.processes import from_main_process, join_processes, once_a_machine, run_alone
+from common.processes import from_main_process, join_processes, leave_processes, once_a_machine, run_alone
 from common.training import train
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from transformers import (
@@ -114,7 +114,6 @@ def main() -> None:
         draw(args, annotations["test"][:SHOWN], examples["test"][:SHOWN], saliency, plans)
         if args.method != "head":
             check_saved_adapter(args, results[args.method]["test"])
-    processes.destroy_process_group()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -287,3 +286,4 @@ def check_saved_adapter(args: argparse.Namespace, expected: dict[str, float]) ->
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -26,6 +26,11 @@ def join_processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
 
 
+def leave_processes() -> None:
+    """The end of `join_processes`, once all that the processes share is gone: freed later, it would wait for ever."""
+    join_processes().destroy_process_group()
+
+
 def from_main_process(processes: PartialState, make: Callable[[], T]) -> T:
     """What `make` returns in the main process, in all of them."""
     made = [make() if processes.is_main_process else None]

@@ -24,7 +24,7 @@ class RatesTrainer(PvlaTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW on what is trainable, made when the Trainer asks for it: FSDP takes no ready optimizer."""
         groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in cast(nn.Module, model or self.model).named_parameters():
+        for name, parameter in (cast(nn.Module, self.model) if model is None else model).named_parameters():
             if parameter.requires_grad:
                 special = [rate for module, rate in self.learning_rates.items() if f"{module}." in name]
                 groups.setdefault(special[0] if special else self.args.learning_rate, []).append(parameter)
