@@ -273,7 +273,7 @@ def test_two_machines(tmp_path, tiny_models):
     done = [machine.communicate() for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], [stderr for _, stderr in done]
     printed = "".join(stdout for stdout, _ in done)
-    for once in ("read: ", "test mAP   hit@1", "Loaded again in a new process: test mAP"):
+    for once in ("read: ", "test mAP  hit@1", "Loaded again in a new process: test mAP"):
         assert printed.count(once) == 1
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
