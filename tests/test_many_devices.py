@@ -1,4 +1,4 @@
-"""Training by two processes, sharded or not: the losses, saved, files and predictions of one process."""
+"""Training by two processes, sharded or not: the losses, files and predictions of one process."""
 
 import warnings
 
@@ -10,7 +10,8 @@ from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
 
 
 RUNS = [("read", "ddp"), ("read", "fsdp2"), ("read", "fsdp1"), ("lstta", "ddp"), ("lstta", "fsdp2")]
-WEIGHTS = "adapter/adapter_model.safetensors"
+# The processes are started once, not once by each worker of pytest-xdist.
+pytestmark = pytest.mark.xdist_group("many devices")
 
 
 def train(rank, folder, port):
@@ -65,7 +66,7 @@ def expected(folder):
 
 @pytest.mark.parametrize(("name", "strategy"), [*RUNS, ("resumed", "ddp"), ("resumed", "fsdp2")])
 def test_two_processes_are_one(name, strategy, found, expected):
-    """The losses of each step, the saved after them, and predictions for any number of examples, each once."""
+    """The losses of each step, the weights saved after them, and predictions for any number of examples, each once."""
     one = expected["lstta" if name == "lstta" else "read"]
     parts = ("loss", "grad_norm") if name == "lstta" else ("loss", "task_loss", "pvla_loss", "grad_norm")
     assert sum(log["loss"] for log in one.logs[-EPOCH:]) < sum(log["loss"] for log in one.logs[:EPOCH])
