@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,9 +27,16 @@ import torch
 import transformers
 from common.annotations import SPLITS, decode_clips
 from common.files import RESULTS, check_output
+from common.processes import from_main_process, join_processes, leave_processes, once_a_machine, run_alone
 from common.training import train
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from video_grounding import ordered_digits
 from video_grounding.annotations import Annotation, read_annotations
 from video_grounding.features import Collator, FrameEncoder, make_examples
@@ -38,7 +44,7 @@ from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.report import draw_saliency
 from video_grounding.training import Examples, grounding_metrics, predict
 
-from peft_read import PvlaTrainer
+from peft_read import PvlaTrainer, PvlaTrainingArguments
 from peft_read.pvla.picture import ExamplePlan
 from peft_read.pvla.states import BLOCK_SOURCES
 
@@ -49,55 +55,65 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 3e-3, 1e-2
 FEATURE_NOISE = 0.5
+SHOWN = 4  # test videos in the picture
 
 
 def main() -> None:
     """Make or read the data and the base, train, and report."""
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
+    if args.prepare:
+        make_defaults(args)
+        return
+    processes = join_processes()
     if not args.evaluate:
-        check_output(args.output)
+        if args.batch_size % processes.num_processes:
+            raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {processes.num_processes} processes.")
+        if processes.is_main_process:
+            check_output(args.output)
         make_config(args.method, args.method_config, [])  # a mistake there shows before anything is made
-    make_defaults(args)
-    annotations = {split: [] for split in SPLITS}
-    for annotation in read_annotations(args.data):
-        annotations[annotation.split].append(annotation)
+    if processes.num_processes == 1:
+        make_defaults(args)
+    elif args.data is None or args.model is None:
+        once_a_machine(processes, lambda: run_alone(__file__, *sys.argv[1:], "--prepare"))
+    name_defaults(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    encode = FrameEncoder(args.frame_encoder)
-    wanted = ["test"] if args.evaluate else SPLITS
-    examples = {split: make_examples(annotations[split], encode, tokenizer, args.clip_seconds) for split in wanted}
+    annotations, examples = from_main_process(processes, lambda: read_examples(args, tokenizer))
     collator = Collator(tokenizer)
     feature_size = examples["test"][0]["frame_features"].shape[-1]
 
     if args.evaluate:
         model = PeftModel.from_pretrained(load_base(args.model, feature_size), args.evaluate)
-        print(json.dumps(grounding_metrics(predict(model, examples["test"], collator), examples["test"])))
+        print(json.dumps(grounding_metrics(predict(predictor(model, collator), examples["test"]), examples["test"])))
         return
 
     saliency, results, plans = {}, {}, []
     for method in dict.fromkeys((args.method, "head")):
         model = adapt(load_base(args.model, feature_size), method, args.method_config, args.seed)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         start = time.perf_counter()
         trainer = fit(args, model, method, Collator(tokenizer, FEATURE_NOISE, examples["train"]), examples["train"])
         seconds = time.perf_counter() - start
+        trainer.data_collator = collator
         if trainer.args.uses_pvla:
-            trainer.data_collator = collator
-            plans = trainer.transport_plans(examples["test"][:4])
-        saliency[method] = predict(model, examples["test"], collator)
+            plans = trainer.transport_plans(examples["test"][:SHOWN])
+        saliency[method] = predict(trainer, examples["test"])
         results[method] = {
-            "trainable weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trainable weights": trained,
             "training seconds": round(seconds, 1),
-            "validation": grounding_metrics(predict(model, examples["validation"], collator), examples["validation"]),
+            "validation": grounding_metrics(predict(trainer, examples["validation"]), examples["validation"]),
             "test": grounding_metrics(saliency[method], examples["test"]),
         }
-        (args.output / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+        if processes.is_main_process:
+            (args.output / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
         if isinstance(model, PeftModel):
-            model.save_pretrained(args.output / "adapter")
+            trainer.save_model(str(args.output / "adapter"))
 
-    print_table(results)
-    draw(args, annotations["test"][:4], examples["test"][:4], saliency, plans)
-    if args.method != "head":
-        check_saved_adapter(args, results[args.method]["test"])
+    if processes.is_main_process:
+        print_table(results)
+        draw(args, annotations["test"][:SHOWN], examples["test"][:SHOWN], saliency, plans)
+        if args.method != "head":
+            check_saved_adapter(args, results[args.method]["test"])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -110,6 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", default="read", help="a PEFT method, such as read or lora, or head for none")
     parser.add_argument("--method-config", type=json.loads, help="fields of the method's config, as JSON")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples in a step, on all devices together")
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: 3e-3, for the head alone 1e-2)")
     parser.add_argument("--pvla-weight", type=float, default=0.0, help="weight of the alignment loss (default: 0)")
     parser.add_argument("--pvla-gradient-share", type=float, help="instead: its gradient, as a share of the task's")
@@ -120,25 +137,45 @@ def parse_arguments() -> argparse.Namespace:
         "--cache", type=Path, default=Path.home() / ".cache" / "peft_read", help="folder for what is made once"
     )
     parser.add_argument("--evaluate", metavar="ADAPTER", help="load this adapter and print its test metrics only")
+    parser.add_argument("--prepare", action="store_true", help="make what is made once, and stop")
     args = parser.parse_args()
     if (args.model is None) != (args.frame_encoder is None):
         parser.error("--model and --frame-encoder go together: the default of one doesn't fit another of the other")
     if (args.pvla_weight or args.pvla_gradient_share) and args.method != "read":
         parser.error("--pvla-weight and --pvla-gradient-share align the blocks that --method read adapts")
-    if args.clip_seconds <= 0 or args.steps <= 0:
-        parser.error("--clip-seconds and --steps must be positive")
+    if args.clip_seconds <= 0 or args.steps <= 0 or args.batch_size <= 0:
+        parser.error("--clip-seconds, --steps and --batch-size must be positive")
     return args
 
 
 def make_defaults(args: argparse.Namespace) -> None:
-    """Make what the command line leaves to the embedded default, once, and name it in `args`."""
+    """Make what the command line leaves to the embedded default, once."""
+    if args.data is None:
+        ordered_digits.make_dataset(args.cache / "videos")
+    if args.model is None:
+        ordered_digits.make_base(args.cache / "base")
+
+
+def name_defaults(args: argparse.Namespace) -> None:
+    """Name in `args` what `make_defaults` makes."""
     if args.data is None:
         args.data = args.cache / "videos"
-        ordered_digits.make_dataset(args.data)
     if args.model is None:
         base = args.cache / "base"
-        ordered_digits.make_base(base)
         args.model, args.frame_encoder = str(base / "model"), str(base / "frame_encoder")
+
+
+def read_examples(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, list[Annotation]], dict[str, Examples]]:
+    """By split, the annotations, and what becomes of those that are needed."""
+    annotations: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
+    for annotation in read_annotations(args.data):
+        annotations[annotation.split].append(annotation)
+    encode = FrameEncoder(args.frame_encoder)
+    wanted = ["test"] if args.evaluate else SPLITS
+    examples = {split: make_examples(annotations[split], encode, tokenizer, args.clip_seconds) for split in wanted}
+    return annotations, examples
 
 
 def load_base(name: str, feature_size: int) -> GroundingModel:
@@ -188,12 +225,25 @@ def fit(
         examples,
         collator,
         steps=args.steps,
+        batch_size=args.batch_size,
         learning_rate=args.learning_rate or (HEAD_ALONE_LEARNING_RATE if method == "head" else LEARNING_RATE),
         seed=args.seed,
         output_dir=str(args.output),
         description=method,
         pvla=None if method == "head" else {name: getattr(args, name) for name in names},
     )
+
+
+def predictor(model: torch.nn.Module, collator: Collator) -> PvlaTrainer:
+    """A Trainer that predicts only."""
+    arguments = PvlaTrainingArguments(
+        pvla_weight=0.0,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+    return PvlaTrainer(model, arguments, collator)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
@@ -224,10 +274,10 @@ def check_saved_adapter(args: argparse.Namespace, expected: dict[str, float]) ->
     adapter = args.output / "adapter"
     size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     print(f"Adapter and head: {adapter} ({size / 1024:.0f} KiB)", flush=True)
-    command = [sys.executable, __file__, "--evaluate", str(adapter), "--data", str(args.data)]
+    command = ["--evaluate", str(adapter), "--data", str(args.data)]
     command += ["--model", args.model, "--frame-encoder", args.frame_encoder]
     command += ["--clip-seconds", str(args.clip_seconds)]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = run_alone(__file__, *command, capture=True)
     again = json.loads(printed.splitlines()[-1])
     print(f"Loaded again in a new process: test mAP {again['mAP']:.1f}, hit@1 {again['hit@1']:.1f}")
     if any(abs(again[name] - value) > 0.01 for name, value in expected.items()):
@@ -236,3 +286,4 @@ def check_saved_adapter(args: argparse.Namespace, expected: dict[str, float]) ->
 
 if __name__ == "__main__":
     main()
+    leave_processes()

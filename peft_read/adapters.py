@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+
+from .sharding import blocks_to_shard, embeddings_are_a_unit
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -50,11 +53,39 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return device, dtype
 
 
+def _is_fsdp() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def _nothing() -> None:
+    return None
+
+
 class AdapterTuner(BaseTuner):
     """A tuner whose weights load strictly, whose batches may mix adapters, and which refuses to be merged."""
 
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def _no_split_modules(self) -> list[str] | set[str] | None:
+        """Class names of the blocks that FSDP wraps, where transformers, PEFT and Accelerate look for them."""
+        if not _is_fsdp():
+            return self.model._no_split_modules  # which a device map goes by as well
+        layers = (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
+        return blocks_to_shard(self.model, layers)
+
+    @property
+    def get_input_embeddings(self) -> Callable[[], nn.Module | None]:
+        """The model's own, but for FSDP if the embeddings can't be sharded by themselves, as Accelerate tries to."""
+        getter = self.model.get_input_embeddings
+        return _nothing if _is_fsdp() and not embeddings_are_a_unit(self.model) else getter
+
+    @property
+    def get_output_embeddings(self) -> Callable[[], nn.Module | None]:
+        """Likewise: the head may share their weight."""
+        getter = self.model.get_output_embeddings
+        return _nothing if _is_fsdp() and not embeddings_are_a_unit(self.model) else getter
 
     def _refuse_name(self, name: str) -> NoReturn:
         method = self.prefix.removesuffix("_").upper()

@@ -12,12 +12,13 @@ import pytest
 import torch
 from common.annotations import decode_clips
 from common.embedded import digit_images
+from devices import free_port
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 from video_grounding import ordered_digits
 from video_grounding.annotations import Annotation, read_annotations
 from video_grounding.features import Collator
 from video_grounding.modeling import GroundingConfig, GroundingModel
-from video_grounding.training import INPUTS, grounding_metrics
+from video_grounding.training import grounding_metrics
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "finetune_video.py"
@@ -155,7 +156,8 @@ def grounding_examples():
 
 
 def forward(model, batch):
-    return model(**{name: batch[name] for name in INPUTS})
+    names = ("input_ids", "attention_mask", "frame_features", "frame_mask")
+    return model(**{name: batch[name] for name in names})
 
 
 def test_padding_never_changes_a_saliency(tiny_tokenizer):
@@ -243,6 +245,37 @@ def test_a_users_own_data_and_models(tmp_path, tiny_models, method, options):
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {method, "head"}
+
+
+def test_two_machines(tmp_path, tiny_models):
+    """Two launches that meet at one address train together; one of them writes, prints and checks the adapter."""
+    data = write_data(tmp_path / "data")
+    script = [SCRIPT, "--data", data, "--model", tiny_models / "text", "--frame-encoder", tiny_models / "vision"]
+    script += ["--output", tmp_path / "out", "--steps", 2, "--pvla-weight", 0.1]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", SCRIPT.parent / "accelerate" / "ddp.yaml"]
+    launch += ["--num_machines", 2, "--num_processes", 2]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--machine_rank"]
+    environment = os.environ | {
+        "PYTHONPATH": str(SCRIPT.parents[1]),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    machines = [
+        subprocess.Popen(
+            [sys.executable, *map(str, [*launch, rank, *script])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    done = [machine.communicate() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], [stderr for _, stderr in done]
+    printed = "".join(stdout for stdout, _ in done)
+    for once in ("read: ", "test mAP  hit@1", "Loaded again in a new process: test mAP"):
+        assert printed.count(once) == 1
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_what_the_user_has_is_not_overwritten(tmp_path, tiny_models):

@@ -9,6 +9,8 @@ import torch
 from alignment import CASES, CAUSAL, marked, spoken, steps_logged, trainer_of, weights
 
 
+# The processes are started once, not once by each worker of pytest-xdist.
+pytestmark = pytest.mark.xdist_group("pvla processes")
 # Global batches of 8 in two accumulated steps; the third row holds no video, the last evaluated batch isn't full.
 RUNS = {
     "classifier": (CASES["text encoder"], lambda: marked(16, videos="some"), {"pvla_weight": 0.7}),

@@ -63,8 +63,11 @@ def main() -> None:
                 model = adapt(load_base(str(base / "untuned"), feature_size), "read", None, seed)
                 collate = Collator(tokenizer, FEATURE_NOISE, few)
                 options = PVLA if pvla else None
-                train(model, few, collate, steps=args.steps, learning_rate=LEARNING_RATE, seed=seed, pvla=options)
-                scores[pvla].append(test_map(model, examples["test"], Collator(tokenizer)))
+                trainer = train(
+                    model, few, collate, steps=args.steps, learning_rate=LEARNING_RATE, seed=seed, pvla=options
+                )
+                trainer.data_collator = Collator(tokenizer)
+                scores[pvla].append(test_map(trainer, examples["test"]))
         differences = [b - a for a, b in zip(scores[False], scores[True], strict=True)]
         cells = [mean_and_spread(values) for values in (scores[False], scores[True])]
         by_seed = ", ".join(f"{difference:+.1f}" for difference in differences)
@@ -72,9 +75,9 @@ def main() -> None:
     print("\n".join(rows))
 
 
-def test_map(model: transformers.PreTrainedModel, examples: Examples, collate: Collator) -> float:
+def test_map(trainer: transformers.Trainer, examples: Examples) -> float:
     """Mean average precision on the test videos, in per cent."""
-    return grounding_metrics(predict(model, examples, collate), examples)["mAP"]
+    return grounding_metrics(predict(trainer, examples), examples)["mAP"]
 
 
 def mean_and_spread(values: Sequence[float], sign: str = "") -> str:

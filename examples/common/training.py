@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_read import PvlaTrainer, PvlaTrainingArguments
 
+from .processes import join_processes
+
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+
+class RatesTrainer(PvlaTrainer):
+    """A Trainer whose learning rate differs by module: `learning_rates`, by the end of the module's name."""
+
+    learning_rates: dict[str, float] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW on what is trainable, made when the Trainer asks for it: FSDP takes no ready optimizer."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in (cast(nn.Module, self.model) if model is None else model).named_parameters():
+            if parameter.requires_grad:
+                special = [rate for module, rate in self.learning_rates.items() if f"{module}." in name]
+                groups.setdefault(special[0] if special else self.args.learning_rate, []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": rate} for rate, p in groups.items()], weight_decay=0.01
+        )
+        return self.optimizer
 
 
 def train(
@@ -31,23 +51,19 @@ def train(
     """Train what is trainable in `model`, in place: AdamW, a tenth of the steps warm-up, then a cosine.
 
     Args:
+        batch_size: of all processes together.
         learning_rates: rates of modules that differ, by the end of the module's name.
         description: shown with the progress.
         pvla: options of PVLA; none by default, and the Trainer is transformers' own.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in trainable:
-        special = [rate for module, rate in (learning_rates or {}).items() if f"{module}." in name]
-        groups.setdefault(special[0] if special else learning_rate, []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": p, "lr": rate} for rate, p in groups.items()], weight_decay=0.01)
-    print(
-        f"{description}: {sum(p.numel() for _, p in trainable):,} weights, {steps} steps of {batch_size}", flush=True
-    )
+    processes = join_processes().num_processes
+    if batch_size % processes:
+        raise ValueError(f"A batch of {batch_size} can't be shared equally by {processes} processes.")
     arguments = PvlaTrainingArguments(
         output_dir=output_dir,
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size // processes,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
         max_grad_norm=1.0,
@@ -60,13 +76,10 @@ def train(
         seed=seed,
         **({"pvla_weight": 0.0} | (pvla or {})),
     )
-    trainer = PvlaTrainer(
-        model,
-        arguments,
-        collator,
-        examples,
-        processing_class=getattr(collator, "tokenizer", None),
-        optimizers=(optimizer, None),
-    )
+    trainer = RatesTrainer(model, arguments, collator, examples, processing_class=getattr(collator, "tokenizer", None))
+    trainer.learning_rates = learning_rates or {}
+    if trainer.is_world_process_zero():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{description}: {trained:,} weights, {steps} steps of {batch_size}", flush=True)
     trainer.train()
     return trainer

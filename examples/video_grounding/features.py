@@ -20,6 +20,9 @@ from peft_read.trimodal.processing import pil_image_processor
 from .annotations import Annotation
 
 
+IGNORED = -100.0  # label of padding
+
+
 class FrameEncoder:
     """A frozen vision model of transformers as a function from frames to one feature vector each.
 
@@ -93,7 +96,7 @@ class Collator:
         self.noise = noise * torch.cat([e["frame_features"] for e in examples]).std(0) if noise else torch.zeros(())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Tensors `(batch, longest, ...)`; labels of padding are -100.
+        """Tensors `(batch, longest, ...)`; labels of padding are `IGNORED`.
 
         `video_token_mask` and `text_token_mask` say what is what in the sequence that `GroundingModel` makes of it.
         """
@@ -110,7 +113,7 @@ class Collator:
             "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
             "frame_features": features + self.noise * torch.randn_like(features),
             "frame_mask": pad_sequence([torch.ones(len(f), dtype=torch.bool) for f in frames], batch_first=True),
-            "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=-100.0),
+            "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORED),
             "video_token_mask": (positions >= first) & (positions < after),
             "text_token_mask": F.pad(words, (0, length - words.shape[1])).bool(),
         }

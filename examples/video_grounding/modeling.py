@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from peft_read.sharding import blocks_to_shard
+
 
 class GroundingConfig(PreTrainedConfig):
     """Configuration of [`GroundingModel`].
@@ -65,6 +67,11 @@ class GroundingModel(PreTrainedModel):
         self.frame_projection = nn.Linear(config.feature_size, width)
         self.saliency_head = nn.Linear(self.text_model.config.hidden_size, 1)
         self.post_init()
+        self._no_split_modules = set(blocks_to_shard(self))  # also where only the head is trained
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the words."""
+        return self.text_model.get_input_embeddings()
 
     def forward(
         self,

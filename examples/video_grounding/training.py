@@ -5,28 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.metrics import average_precision_score
-from torch import nn
+from transformers import Trainer
 
-from .features import Collator
+from .features import IGNORED
 
 
 Examples = list[dict[str, Any]]
-INPUTS = ("input_ids", "attention_mask", "frame_features", "frame_mask")
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, examples: Examples, collator: Collator, batch_size: int = 50) -> list[np.ndarray]:
-    """The saliency of every clip of every example, logits `(clips,)` each."""
-    model.eval()
-    device = next(model.parameters()).device
-    saliency = []
-    for start in range(0, len(examples), batch_size):
-        batch = collator(examples[start : start + batch_size])
-        logits = model(**{name: batch[name].to(device) for name in INPUTS}).logits
-        saliency += [row[mask].numpy() for row, mask in zip(logits.cpu(), batch["frame_mask"], strict=True)]
-    return saliency
+def predict(trainer: Trainer, examples: Examples) -> list[np.ndarray]:
+    """The saliency of every clip of every example, logits `(clips,)` each; by all processes together."""
+    logits, labels, _ = trainer.predict(examples)  # type: ignore[arg-type]
+    return [row[label != IGNORED] for row, label in zip(logits, labels, strict=True)]
 
 
 def grounding_metrics(saliency: list[np.ndarray], examples: Examples) -> dict[str, float]:

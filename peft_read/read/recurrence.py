@@ -6,7 +6,7 @@ Functions of tensors, which know neither PEFT nor any model.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ class Recurrence(nn.Module):
                 ("bias_hh", (rows,)),
             ):
                 self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The recurrent matrix. PEFT's policy for FSDP1 wraps trained modules by themselves that have a `weight`."""
+        return cast(Tensor, self.weight_hh_l0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
         """See `recurrent_scan`."""
