@@ -1,0 +1,145 @@
+"""Writing the card into the folder of an adapter, so that what a person changed in it stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+from peft import PeftModel, PeftType
+
+from .content import Facts, generate
+from .page import Page
+
+
+CARD = "README.md"
+# Where a model keeps what its card should say: what somebody told, and what a Trainer knew.
+TOLD, KNOWN = "_peft_read_told", "_peft_read_known"
+
+
+def is_ours(model: object) -> bool:
+    """Whether this is a PEFT model whose adapters are READ's or LSTTA's; PEFT lets no other stand beside them."""
+    ours = (PeftType["READ"], PeftType["LSTTA"])
+    return isinstance(model, PeftModel) and all(config.peft_type in ours for config in model.peft_config.values())
+
+
+def describe_adapter(
+    model: PeftModel,
+    *,
+    data: str | None = None,
+    results: Sequence[EvalResult] | None = None,
+    training: Mapping[str, Any] | None = None,
+    **metadata: Any,
+) -> None:
+    """Tell what a card should say beyond what the model tells; each save and push of the model says it from now on.
+
+    A Trainer that makes the card tells its hyperparameters and metrics by itself.
+
+    Args:
+        model: an adapted model.
+        data: sentences on what it was trained and evaluated on, in Markdown.
+        results: evaluations, as huggingface_hub's `EvalResult`s; the Hub shows them beside the page.
+        training: hyperparameters by name.
+        metadata: fields of the card's metadata, such as `license`, `language`, `datasets` (ids on the Hub) or
+            `pipeline_tag`.
+
+    Raises:
+        TypeError: if the model's adapters aren't READ's or LSTTA's, or a result is no `EvalResult`.
+    """
+    if not is_ours(model):
+        raise TypeError(
+            f"describe_adapter is for a PeftModel with adapters of READ or LSTTA, got {type(model).__name__}. Give it "
+            "what get_peft_model or PeftModel.from_pretrained returned."
+        )
+    wrong = [type(each).__name__ for each in results or () if not isinstance(each, EvalResult)]
+    if wrong:
+        raise TypeError(f"`results` has to hold huggingface_hub.EvalResult objects, got {wrong[0]}.")
+    told = {"data": data, "results": results and list(results), "training": training and dict(training)}
+    changes: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
+    before = getattr(model, TOLD, Facts())
+    setattr(model, TOLD, dataclasses.replace(before, **changes, metadata=before.metadata | metadata))
+
+
+def keep_facts(model: PeftModel, facts: Facts) -> None:
+    """Keep what a Trainer knows, for the pushes after its own."""
+    setattr(model, KNOWN, facts)
+
+
+def write_card(model: PeftModel, folder: Path) -> None:
+    """Write the card of a saved adapter, or renew the one that is there."""
+    path = folder / CARD
+    old = Page.read(path)
+    page = (old or Page()).renewed(*generate(model, folder, None, _facts_of(model)))
+    if old is None or not old.changed:
+        page = page.synced()
+    path.write_text(str(page), encoding="utf-8")
+
+
+def write_card_to_push(
+    model: PeftModel,
+    folder: Path,
+    repo_id: str,
+    *,
+    remote: Page | None,
+    local: Page | None = None,
+    tags: Sequence[str] = (),
+) -> None:
+    """Write the card that goes to the Hub, or renew the one that is there.
+
+    Args:
+        model: the model with its adapters.
+        folder: where they are saved.
+        repo_id: the repository to which the folder will be pushed.
+        remote: the card there.
+        local: the card in the folder, if a person may have changed it.
+        tags: tags that the card gets in any case.
+
+    Raises:
+        ValueError: if persons changed both cards, each in another way.
+    """
+    old = remote or local
+    if remote is not None and local is not None and local.changed:
+        differing = remote.changed_parts(local)
+        if remote.changed and differing:
+            raise ValueError(
+                f"The card was changed both in {folder / CARD} and on the Hub in {repo_id}, so neither is written "
+                f"over. They differ in {', '.join(differing)}: make one of them as the other is, and push again."
+            )
+        old = local
+    page = (old or Page()).renewed(*generate(model, folder, repo_id, _facts_of(model, tags)))
+    page.parts["tags"] += [tag for tag in tags if tag not in page.parts["tags"]]
+    (folder / CARD).write_text(str(page.synced()), encoding="utf-8")
+
+
+def _facts_of(model: PeftModel, tags: Sequence[str] = ()) -> Facts:
+    """What was told about a model, and what its Trainer knew."""
+    told, known = getattr(model, TOLD, Facts()), getattr(model, KNOWN, Facts())
+    metadata = known.metadata | told.metadata
+    given = [tag for facts in (told, known) for tag in _listed(facts.metadata.get("tags"))]
+    return Facts(
+        data=told.data or known.data,
+        results=[*told.results, *known.results],
+        metrics=known.metrics,
+        training=known.training | told.training,
+        metadata=metadata | {"tags": [*given, *tags]},
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def remote_card(repo_id: str, revision: str | None, token: bool | str | None) -> Page | None:
+    """The card of a repository on the Hub, None if it has none."""
+    for wanted in dict.fromkeys((revision, None)):  # a branch that isn't there yet starts as the main one
+        try:
+            path = hf_hub_download(repo_id, CARD, revision=wanted, token=token)
+            return Page.read(Path(path), f"{CARD} of {repo_id} on the Hub")
+        except RevisionNotFoundError:
+            continue
+        except RemoteEntryNotFoundError:
+            return None
+    return None
