@@ -73,10 +73,19 @@ class Page:
         """Whether a person changed the page since it was last pushed, or wrote it."""
         return self.record.get(SYNCED) != self._whole()
 
-    def changed_parts(self, other: Page) -> list[str]:
-        """Which parts differ between two pages."""
-        keys = dict.fromkeys([*self.parts, *other.parts])
-        return [key for key in keys if _fingerprint(self.parts.get(key)) != _fingerprint(other.parts.get(key))]
+    def conflicts(self, other: Page) -> list[str]:
+        """Which parts differ between two pages, at least one of them by a person's hand."""
+        keys = dict.fromkeys([*self.parts, *other.parts, *self.record, *other.record])
+        return [
+            key for key in keys if self._mark(key) != other._mark(key) and (self._edited(key) or other._edited(key))
+        ]
+
+    def _mark(self, key: str) -> str | None:
+        return _fingerprint(self.parts[key]) if key in self.parts else None
+
+    def _edited(self, key: str) -> bool:
+        """Whether a person changed a part, took it out, or wrote it."""
+        return key != SYNCED and self._mark(key) != self.record.get(key)
 
     def renewed(self, new: Page, unsure: Collection[str] = ()) -> Page:
         """This page with its generated parts as they are in `new`.
@@ -94,11 +103,11 @@ class Page:
                 del parts[key]
         before = OPENING
         for key, value in new.parts.items():
-            known, there = record.get(key), key in parts
-            theirs = there and known != _fingerprint(parts[key]) and key != "library_name"
-            if key == "tags" and theirs and known is None:
+            there = key in parts
+            theirs = (there or key in record) and self._edited(key) and key != "library_name"
+            if key == "tags" and there and key not in record:
                 parts[key] = [*parts[key], *(tag for tag in value if tag not in parts[key])]
-            if theirs or (known is not None and not there) or (there and key in unsure):
+            if theirs or (there and key in unsure):
                 record.setdefault(key, _fingerprint(value))
             else:
                 parts = _placed(parts, key, value, before)

@@ -23,7 +23,8 @@ TOLD, KNOWN = "_peft_read_told", "_peft_read_known"
 def is_ours(model: object) -> bool:
     """Whether this is a PEFT model whose adapters are READ's or LSTTA's; PEFT lets no other stand beside them."""
     ours = (PeftType["READ"], PeftType["LSTTA"])
-    return isinstance(model, PeftModel) and all(config.peft_type in ours for config in model.peft_config.values())
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return bool(configs) and all(config.peft_type in ours for config in configs)
 
 
 def describe_adapter(
@@ -100,15 +101,13 @@ def write_card_to_push(
     Raises:
         ValueError: if persons changed both cards, each in another way.
     """
-    old = remote or local
-    if remote is not None and local is not None and local.changed:
-        differing = remote.changed_parts(local)
-        if remote.changed and differing:
-            raise ValueError(
-                f"The card was changed both in {folder / CARD} and on the Hub in {repo_id}, so neither is written "
-                f"over. They differ in {', '.join(differing)}: make one of them as the other is, and push again."
-            )
-        old = local
+    conflicts = remote.conflicts(local) if remote and local and remote.changed and local.changed else []
+    if conflicts:
+        raise ValueError(
+            f"The card was changed both in {folder / CARD} and on the Hub in {repo_id}, so neither is written over. "
+            f"They differ in {', '.join(conflicts)}: make one of them as the other is, and push again."
+        )
+    old = local if local and (local.changed or not remote) else remote
     page = (old or Page()).renewed(*generate(model, folder, repo_id, _facts_of(model, tags)))
     page.parts["tags"] += [tag for tag in tags if tag not in page.parts["tags"]]
     (folder / CARD).write_text(str(page.synced()), encoding="utf-8")
