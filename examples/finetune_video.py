@@ -214,6 +214,7 @@ def describe(args: argparse.Namespace, model: PeftModel, sizes: dict[str, int], 
             " They and the base model were made by `examples/finetune_video.py` of peft-read: moving handwritten "
             'digits with distractors, and queries in which order matters ("the second seven").'
         )
+    data += " The script's `--evaluate` loads base and adapter, and scores them."
     training = {
         "steps": args.steps,
         "batch size": 8,

@@ -200,6 +200,7 @@ def describe(
             'peft-read: handwritten digits are seen, tones are heard, and a question tells which frames count ("which '
             'digit at the high tone?").'
         )
+    data += " The script's `--evaluate` loads towers and adapter, and scores them."
     training = {
         "steps": args.steps,
         "batch size": 8,

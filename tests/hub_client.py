@@ -116,7 +116,7 @@ def trained(folder, found):
     local = folder / "trained" / "README.md"
     local.write_text(local.read_text().replace("my biases", "our biases"))
     trainer.push_to_hub()  # changed here alone
-    found["local edit"] = hf_hub_download("ann/trained", "README.md") and remote_text("ann/trained")
+    found["local edit"] = remote_text("ann/trained")
     local.write_text(local.read_text().replace("our biases", "no biases"))
     edit("ann/trained", ("our biases", "all biases"))
     try:
@@ -131,6 +131,9 @@ def trained(folder, found):
     trainer = peft_read.PvlaTrainer(model, args, default_data_collator, rows, rows[:4])
     trainer.train()
     trainer.push_to_hub()
+    HfApi().create_branch("ann/pvla", branch="draft")
+    edit("ann/pvla", ("# pvla", "# Of the draft"), revision="draft")
+    trainer.push_to_hub(revision="draft")
 
 
 def composite(folder):
@@ -229,19 +232,21 @@ def weights(model: nn.Module):
     }
 
 
-def edit(repo, *changes, token=None):
+def edit(repo, *changes, token=None, revision=None):
     """Change a card on the Hub, as its page lets one, and add a section."""
-    text = remote_text(repo, token)
+    text = remote_text(repo, token, revision)
     for old, new in changes:
         assert old in text, (old, text)
         text = text.replace(old, new, 1)
     if OWN_SECTION not in text:
         text = text.replace("## Limits", f"{OWN_SECTION}\n## Limits")
-    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo, token=token)
+    HfApi().upload_file(
+        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo, token=token, revision=revision
+    )
 
 
-def remote_text(repo, token=None):
-    return Path(hf_hub_download(repo, "README.md", token=token)).read_text()
+def remote_text(repo, token=None, revision=None):
+    return Path(hf_hub_download(repo, "README.md", token=token, revision=revision)).read_text()
 
 
 if __name__ == "__main__":

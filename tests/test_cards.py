@@ -46,7 +46,7 @@ def trimodal(**options):
 def test_a_card_says_what_there_is(tmp_path):
     """Method, base, numbers of the saved file, results and versions, with metadata that the Hub's own class reads."""
     model = get_peft_model(classifier(), ReadConfig(r=4, cell="gru", modules_to_save=["classifier"]))
-    model.get_base_model().name_or_path = "ann/base"
+    model.get_base_model().name_or_path = model.config.name_or_path = "ann/base"
     text = saved(tmp_path / "rain", model, data="Words about rain.", results=[RESULT], training={"steps": 7})
     card = ModelCard(text)
     assert card.data.library_name == "peft"
@@ -109,6 +109,10 @@ def test_a_base_of_ones_own(tmp_path):
     own = type("OwnBert", (BertModel,), {"__module__": "rain.modeling"})
     text = saved(tmp_path / "own", get_peft_model(own(bert_config()), ReadConfig(r=2)))
     assert "from rain.modeling import OwnBert  # the base model's own code" in text
+    made = get_peft_model(own(bert_config()), ReadConfig(r=2))
+    made.get_base_model().name_or_path = "ann/text-model"
+    text = saved(tmp_path / "made", made)
+    assert "base_model = ...  # the OwnBert made of ann/text-model, built as it was for training" in text
     net = nn.Sequential(nn.Linear(4, 4))
     text = saved(tmp_path / "net", get_peft_model(net, ReadConfig(target_modules=["0"], r=2)))
     assert "base_model = ...  # the Sequential, built as it was for training" in text
@@ -266,6 +270,7 @@ def test_no_other_method_stands_beside_ours():
         (PeftModel, "save_pretrained", {"save_directory", "is_main_process"}),
         (PeftModel, "create_or_update_model_card", {"output_dir"}),
         (PeftModel, "_upload_modified_files", {"working_dir", "repo_id", "token", "revision"}),
+        (Trainer, "push_to_hub", {"token", "revision"}),
         (Trainer, "create_model_card", {"tags", "tasks", "model_name", "finetuned_from"}),
         (Trainer, "_push_from_checkpoint", set()),
     ],

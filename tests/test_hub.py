@@ -100,6 +100,9 @@ def test_edits_on_the_hub_survive_the_next_push(shared):
     assert card.data.license == "cc0-1.0"
     assert "weather" in card.data.tags
     assert "cc0-1.0" in shared.text("ann/adapter", "README.md", "v2")
+    draft = shared.text("ann/pvla", "README.md", "draft")
+    assert "# Of the draft\n" in draft
+    assert "# Of the draft\n" not in shared.text("ann/pvla", "README.md")
 
 
 def test_a_trainer_tells_the_card_what_it_knows(shared):

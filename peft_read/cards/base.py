@@ -44,7 +44,7 @@ def base_of(model: PeftModel) -> Base:
     base = model.get_base_model()
     kind, name = type(base).__name__, _name(base)
     if not isinstance(base, PreTrainedModel):
-        return Base([], f"a `{kind}`", "", f"base_model = ...  # the {kind}, built as it was for training", None)
+        return Base([], f"a `{kind}`", "", _built(kind), None)
     if isinstance(base, TrimodalModel) and not name:
         return _of_towers(base)
     hub_id = hub_id_of(name)
@@ -55,12 +55,15 @@ def base_of(model: PeftModel) -> Base:
         sentence = f"a `{kind}` from a local folder, `{Path(name).name}`, of which this page knows no address"
     else:
         sentence = f"a `{kind}` of which this page knows no address"
+    ids = [hub_id] if hub_id else []
+    if name != base.config.name_or_path:  # named by hand, and not what `from_pretrained` gave
+        return Base(ids, sentence, "", _built(f"{kind} made of {hub_id or Path(name).name}"), _task(base))
     arguments = [f'"{hub_id or "path/to/base-model"}"']
     if base.config.num_labels != 2:  # transformers' default
         arguments.append(f"num_labels={base.config.num_labels}")
     owner, imports = _import_of(base)
     code = f"base_model = {owner}{kind}.from_pretrained({', '.join(arguments)})"
-    return Base([hub_id] if hub_id else [], sentence, imports, code, _task(base))
+    return Base(ids, sentence, imports, code, _task(base))
 
 
 def hub_id_of(name: str) -> str | None:
@@ -96,6 +99,10 @@ def _of_towers(base: TrimodalModel) -> Base:
         f"base_model = {owner}{type(base).__name__}.from_pretrained_towers(\n{lines})",
         _task(base),
     )
+
+
+def _built(what: str) -> str:
+    return f"base_model = ...  # the {what}, built as it was for training"
 
 
 def _name(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ import peft_read
 from ..adapters import AdapterLayer
 from ..trimodal.modeling import TrimodalModel
 from .base import Base, base_of
-from .page import Page
+from .page import Page, listed
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -136,8 +136,7 @@ def _saved(folder: Path, name: str, config: PeftConfig) -> Saved | None:
 
 def _tags(model: PeftModel, method: str, base: Base, fields: Mapping[str, Any]) -> list[str]:
     """PEFT's tags, but for a base that isn't on the Hub; the method; and those that somebody gave."""
-    given = fields.get("tags") or []
-    tags = {method, *([given] if isinstance(given, str) else given), *(getattr(model, "model_tags", None) or [])}
+    tags = {method, *listed(fields.get("tags")), *listed(getattr(model, "model_tags", None))}
     tags |= {tag for tag in model._get_peft_specific_model_tags() if not tag.startswith("base_model:")}
     return sorted(tags | {f"base_model:adapter:{hub_id}" for hub_id in base.ids})
 

@@ -23,7 +23,8 @@ from .writing import CARD, is_ours, keep_facts, remote_card, write_card, write_c
 
 
 Call = Callable[..., Any]
-OURS = "_peft_read_original"
+OURS = "_peft_read_original"  # where a method keeps the one that it overrides
+PUSH = "_peft_read_push"  # where a Trainer keeps the arguments of its push while it lasts
 
 
 def install() -> None:
@@ -36,6 +37,7 @@ def install() -> None:
         (PeftModel, "save_pretrained", _save_pretrained),
         (PeftModel, "create_or_update_model_card", _create_or_update_model_card),
         (PeftModel, "_upload_modified_files", _upload_modified_files),
+        (Trainer, "push_to_hub", _push_to_hub),
         (Trainer, "create_model_card", _create_model_card),
         (Trainer, "_push_from_checkpoint", _push_from_checkpoint),
     ):
@@ -88,6 +90,15 @@ def _upload_modified_files(upload: Call, model: PeftModel, given: dict[str, Any]
     return upload()
 
 
+def _push_to_hub(push: Call, trainer: Trainer, given: dict[str, Any]) -> Any:
+    """Push, and let the card know where to: the Trainer doesn't tell `create_model_card`."""
+    setattr(trainer, PUSH, given)
+    try:
+        return push()
+    finally:
+        delattr(trainer, PUSH)
+
+
 def _create_model_card(_: Call, trainer: Trainer, given: dict[str, Any]) -> None:
     """The card with what the Trainer knows, before the Trainer uploads its folder."""
     if not trainer.is_world_process_zero():
@@ -97,8 +108,9 @@ def _create_model_card(_: Call, trainer: Trainer, given: dict[str, Any]) -> None
     if trainer.hub_model_id is None:
         write_card(model, folder)
         return
-    args = trainer.args
-    remote = remote_card(trainer.hub_model_id, args.hub_revision, args.hub_token)
+    args, push = trainer.args, getattr(trainer, PUSH, {})
+    revision, token = push.get("revision") or args.hub_revision, push.get("token") or args.hub_token
+    remote = remote_card(trainer.hub_model_id, revision, token)
     write_card_to_push(model, folder, trainer.hub_model_id, remote=remote, local=Page.read(folder / CARD))
 
 

@@ -106,7 +106,7 @@ class Page:
             there = key in parts
             theirs = (there or key in record) and self._edited(key) and key != "library_name"
             if key == "tags" and there and key not in record:
-                parts[key] = [*parts[key], *(tag for tag in value if tag not in parts[key])]
+                parts[key] = union(parts[key], value)
             if theirs or (there and key in unsure):
                 record.setdefault(key, _fingerprint(value))
             else:
@@ -131,6 +131,16 @@ class Page:
             header = f"---\n{CardData(**fields).to_yaml()}\n---\n"
         record = f"<!-- peft_read, to tell what you change: {json.dumps(self.record)} -->"
         return header.rstrip() + "\n\n" + "\n\n".join([*sections, record]) + "\n"
+
+
+def listed(value: Any) -> list[Any]:
+    """A field that holds one value, several, or none."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def union(first: Any, second: Any) -> list[Any]:
+    """What two fields hold, in the order in which it comes."""
+    return list(dict.fromkeys([*listed(first), *listed(second)]))
 
 
 def _record(text: str) -> dict[str, str]:

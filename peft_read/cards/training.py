@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from .base import base_of
 from .content import Facts
+from .page import listed
 
 
 NO_METRICS = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "step"}
@@ -29,8 +30,8 @@ def facts_of_trainer(trainer: Trainer, model: PeftModel, given: Mapping[str, Any
         given: the arguments of the Trainer's `create_model_card`.
     """
     task = given["tasks"] or base_of(model).task
-    summary = TrainingSummary.from_trainer(trainer, **{**given, "tags": _listed(given["tags"]), "tasks": task})
-    names, ids = _listed(summary.dataset), _listed(summary.dataset_tags)
+    summary = TrainingSummary.from_trainer(trainer, **{**given, "tags": listed(given["tags"]), "tasks": task})
+    names, ids = listed(summary.dataset), listed(summary.dataset_tags)
     metrics = _metrics(trainer)
     results = []
     if isinstance(task, str) and names:
@@ -78,7 +79,3 @@ def _training(trainer: Trainer, summary: TrainingSummary) -> dict[str, Any]:
         options = {option.name for option in dataclasses.fields(trainer.args) if option.name.startswith("pvla_")}
         values |= {name: getattr(trainer.args, name) for name in sorted(options)}
     return values
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)

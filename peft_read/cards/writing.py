@@ -12,7 +12,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundErr
 from peft import PeftModel, PeftType
 
 from .content import Facts, generate
-from .page import Page
+from .page import Page, union
 
 
 CARD = "README.md"
@@ -109,26 +109,22 @@ def write_card_to_push(
         )
     old = local if local and (local.changed or not remote) else remote
     page = (old or Page()).renewed(*generate(model, folder, repo_id, _facts_of(model, tags)))
-    page.parts["tags"] += [tag for tag in tags if tag not in page.parts["tags"]]
+    if tags:
+        page.parts["tags"] = union(page.parts.get("tags"), tags)
     (folder / CARD).write_text(str(page.synced()), encoding="utf-8")
 
 
 def _facts_of(model: PeftModel, tags: Sequence[str] = ()) -> Facts:
     """What was told about a model, and what its Trainer knew."""
     told, known = getattr(model, TOLD, Facts()), getattr(model, KNOWN, Facts())
-    metadata = known.metadata | told.metadata
-    given = [tag for facts in (told, known) for tag in _listed(facts.metadata.get("tags"))]
+    given = union(told.metadata.get("tags"), known.metadata.get("tags"))
     return Facts(
         data=told.data or known.data,
         results=[*told.results, *known.results],
         metrics=known.metrics,
         training=known.training | told.training,
-        metadata=metadata | {"tags": [*given, *tags]},
+        metadata=known.metadata | told.metadata | {"tags": union(given, tags)},
     )
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def remote_card(repo_id: str, revision: str | None, token: bool | str | None) -> Page | None:
