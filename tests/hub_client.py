@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def publish(folder):
 
     trained(folder, found)
     composite(folder)
+    readme(folder)
     return found
 
 
@@ -154,6 +156,19 @@ def composite(folder):
     randomize(model, 3)
     model.push_to_hub("ann/lstta")
     keep(folder, "ann/lstta", model)
+
+
+def readme(folder):
+    """The README's own code for sharing, as somebody called your-name."""
+    import peft_read
+
+    os.environ["HF_TOKEN"] = "token of your-name"
+    text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    share, load = (part.split("```")[0] for part in text.split("\n## Share\n")[1].split("```python\n")[1:3])
+    model = adapter(peft_read.ReadConfig(r=2, modules_to_save=["classifier"]))
+    args = set_usual(TrainingArguments(folder / "your-adapter"))
+    exec(share, {"peft_read": peft_read, "model": model, "trainer": Trainer(model, args, default_data_collator, ROWS)})
+    exec(load, {"base_model": BertForSequenceClassification.from_pretrained("ann/base")})
 
 
 def pull(folder):

@@ -62,10 +62,10 @@ class Hub(ThreadingHTTPServer):
 
 
 @contextmanager
-def running_hub(**users):
-    """A Hub that runs for the time of a `with`, and knows these users' tokens."""
+def running_hub(*users):
+    """A Hub that runs for the time of a `with`, and knows these users by `token of NAME`."""
     hub = Hub()
-    hub.users = {token: user for user, token in users.items()}
+    hub.users = {f"token of {user}": user for user in users}
     thread = threading.Thread(target=hub.serve_forever)
     thread.start()
     try:

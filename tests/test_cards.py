@@ -102,6 +102,7 @@ def test_a_local_base_is_no_hub_id(tmp_path, monkeypatch):
         card = ModelCard(text)
         assert card.data.base_model is None
         assert card.data.tags == ["read", "transformers"]
+        assert card.data.pipeline_tag == "feature-extraction"
 
 
 def test_a_base_of_ones_own(tmp_path):
@@ -184,6 +185,12 @@ def test_an_edit_stays_as_it_is_and_the_rest_is_renewed(tmp_path, edit):
         assert text.count("\n## Limits\n") == 1
 
 
+def test_peft_s_own_hook_writes_the_card(tmp_path):
+    """Where PEFT's users call it themselves, before anything is saved."""
+    adapted("bert").create_or_update_model_card(tmp_path)
+    assert "| unknown | unknown |" in (tmp_path / "README.md").read_text()
+
+
 def test_saving_again_changes_nothing(tmp_path):
     assert saved(tmp_path, results=[RESULT]) == saved(tmp_path, results=[RESULT])
 
@@ -211,12 +218,14 @@ def test_metadata_keep_their_comments(tmp_path):
 
 
 def test_a_broken_card_is_named(tmp_path):
-    """Nothing is written over it."""
+    """Nothing is written over it, and the weights are saved all the same."""
     saved(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
     tmp_path.joinpath("README.md").write_text("---\n[oops\n---\n# Mine\n")
     with pytest.raises(ValueError, match=r"(?s)top of .*README\.md can't be read.*Mend the lines"):
         saved(tmp_path)
     assert "# Mine" in tmp_path.joinpath("README.md").read_text()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_a_loaded_adapter_keeps_what_its_trainer_wrote(tmp_path):

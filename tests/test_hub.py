@@ -19,7 +19,7 @@ FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.sa
 def shared(tmp_path_factory):
     """The Hub after everything was pushed and pulled, and what each of the processes found."""
     folder = tmp_path_factory.mktemp("hub")
-    with running_hub(ann="token of ann", bob="token of bob") as hub:
+    with running_hub("ann", "bob", "your-name") as hub:
         hub.broken["ann/adapter"] = 1
 
         def client(part, home, **environment):
@@ -138,6 +138,15 @@ def test_two_edits_are_not_written_over(shared):
     local, remote = shared.found["both changed"]
     assert "no biases" in local
     assert "all biases" in remote
+
+
+def test_the_readme_shares(shared):
+    """Its code, run as it stands: both pushes go to one page."""
+    repo = shared.repos["your-name/your-adapter"]
+    assert repo.messages == ["initial commit", "Upload model", "End of training"]
+    card = ModelCard(repo.files()["README.md"].decode())
+    assert card.data.license == "mit"
+    assert "from my window" in card.text
 
 
 def test_lora_is_untouched(shared):

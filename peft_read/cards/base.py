@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import peft_read
 
@@ -59,7 +60,7 @@ def base_of(model: PeftModel) -> Base:
     if name != base.config.name_or_path:  # named by hand, and not what `from_pretrained` gave
         return Base(ids, sentence, "", _built(f"{kind} made of {hub_id or Path(name).name}"), _task(base))
     arguments = [f'"{hub_id or "path/to/base-model"}"']
-    if base.config.num_labels != 2:  # transformers' default
+    if "Classification" in kind and base.config.num_labels != 2:  # transformers' default
         arguments.append(f"num_labels={base.config.num_labels}")
     owner, imports = _import_of(base)
     code = f"base_model = {owner}{kind}.from_pretrained({', '.join(arguments)})"
@@ -130,7 +131,8 @@ def _task(base: PreTrainedModel) -> str | None:
             return "feature-extraction"
         return "video-classification" if base.vision_model is not None else "audio-classification"
     name = type(base).__name__
-    for task, classes in cast(dict[str, dict[str, str | tuple[str, ...]]], TASK_MAPPING).items():
+    known = {**TASK_MAPPING, "feature-extraction": MODEL_MAPPING_NAMES}
+    for task, classes in cast(dict[str, dict[str, str | tuple[str, ...]]], known).items():
         if any(name in ((each,) if isinstance(each, str) else each) for each in classes.values()):
             return task
     return None

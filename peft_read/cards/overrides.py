@@ -24,6 +24,7 @@ from .writing import CARD, is_ours, keep_facts, remote_card, write_card, write_c
 
 Call = Callable[..., Any]
 OURS = "_peft_read_original"  # where a method keeps the one that it overrides
+SAVING = "_peft_read_saving"  # whether a model is being saved, and will write its card thereafter
 PUSH = "_peft_read_push"  # where a Trainer keeps the arguments of its push while it lasts
 
 
@@ -69,14 +70,19 @@ def _override(owner: type, name: str, ours: Call) -> None:
 
 
 def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> None:
-    """Save, and write the card again now that there are files to tell of."""
-    save()
+    """Save, and then write the card: there are files to tell of, and no fault in it keeps them from being saved."""
+    setattr(model, SAVING, True)
+    try:
+        save()
+    finally:
+        delattr(model, SAVING)
     if given["is_main_process"]:
         write_card(model, Path(given["save_directory"]))
 
 
 def _create_or_update_model_card(_: Call, model: PeftModel, given: dict[str, Any]) -> None:
-    write_card(model, Path(given["output_dir"]))
+    if not getattr(model, SAVING, False):
+        write_card(model, Path(given["output_dir"]))
 
 
 def _upload_modified_files(upload: Call, model: PeftModel, given: dict[str, Any]) -> Any:
