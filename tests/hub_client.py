@@ -254,14 +254,14 @@ def edit(repo, *changes, token=None, revision=None):
         assert old in text, (old, text)
         text = text.replace(old, new, 1)
     if OWN_SECTION not in text:
-        text = text.replace("## Limits", f"{OWN_SECTION}\n## Limits")
+        text = text.replace("\n## Limits\n", f"\n{OWN_SECTION}\n## Limits\n", 1)
     HfApi().upload_file(
         path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo, token=token, revision=revision
     )
 
 
 def remote_text(repo, token=None, revision=None):
-    return Path(hf_hub_download(repo, "README.md", token=token, revision=revision)).read_text()
+    return Path(hf_hub_download(repo, "README.md", token=token, revision=revision, force_download=True)).read_text()
 
 
 if __name__ == "__main__":

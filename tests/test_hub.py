@@ -25,10 +25,11 @@ def shared(tmp_path_factory):
         def client(part, home, **environment):
             usual = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
             usual |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+            usual |= {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
             usual |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
             command = [sys.executable, str(CLIENT), part, str(folder)]
             done = subprocess.run(command, env=os.environ | usual | environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            assert done.returncode == 0, done.stderr + "\n".join(hub.requests[-80:])
             return json.loads((folder / f"{part}.json").read_text())
 
         hub.found = client("publish", folder / "publisher", HF_TOKEN="token of ann")

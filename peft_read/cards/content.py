@@ -37,6 +37,7 @@ class Facts:
 
     Attributes:
         data: sentences on what the adapter was trained and evaluated on, in Markdown.
+        unnamed_data: the same where nobody has named the data.
         results: evaluations on a named data set.
         metrics: other metrics of an evaluation, by name.
         training: hyperparameters, by name.
@@ -44,6 +45,7 @@ class Facts:
     """
 
     data: str | None = None
+    unnamed_data: str | None = None
     results: list[EvalResult] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +97,7 @@ def generate(model: PeftModel, folder: Path, repo_id: str | None, facts: Facts) 
         base=base.sentence,
         snippet=_snippet(model, base, method, repo_id or folder.resolve().name, list(configs)),
         adapters=_adapters(model, configs, saved),
-        data=facts.data,
+        data=facts.data or facts.unnamed_data,
         results=_results(facts),
         training=_table(("hyperparameter", "value"), facts.training.items()),
         versions=_versions(model),

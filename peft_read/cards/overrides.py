@@ -24,6 +24,7 @@ from .writing import CARD, is_ours, keep_facts, remote_card, write_card, write_c
 
 Call = Callable[..., Any]
 OURS = "_peft_read_original"  # where a method keeps the one that it overrides
+GIVEN = "_peft_read_given"  # where a Trainer keeps what its pushes were told for the card
 SAVING = "_peft_read_saving"  # whether a model is being saved, and will write its card thereafter
 PUSH = "_peft_read_push"  # where a Trainer keeps the arguments of its push while it lasts
 
@@ -110,7 +111,11 @@ def _create_model_card(_: Call, trainer: Trainer, given: dict[str, Any]) -> None
     if not trainer.is_world_process_zero():
         return
     model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
-    keep_facts(model, facts_of_trainer(trainer, model, {name: each for name, each in given.items() if name != "self"}))
+    # What one push was told holds for the next ones, and for those between.
+    told = {name: value for name, value in given.items() if name != "self"}
+    told = {name: getattr(trainer, GIVEN, {}).get(name) if value is None else value for name, value in told.items()}
+    setattr(trainer, GIVEN, told)
+    keep_facts(model, facts_of_trainer(trainer, model, told))
     if trainer.hub_model_id is None:
         write_card(model, folder)
         return

@@ -44,8 +44,10 @@ def facts_of_trainer(trainer: Trainer, model: PeftModel, given: Mapping[str, Any
         str(trainer.hub_model_id).split("/")[-1],
     ):
         metadata["model_name"] = given["model_name"]
+    data = _data(trainer, names)
     return Facts(
-        data=_data(trainer, names),
+        data=data if names else None,
+        unnamed_data=data,
         results=results,
         metrics={} if results else metrics,
         training=_training(trainer, summary),

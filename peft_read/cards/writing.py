@@ -76,7 +76,7 @@ def write_card(model: PeftModel, folder: Path) -> None:
     page = (old or Page()).renewed(*generate(model, folder, None, _facts_of(model)))
     if old is None or not old.changed:
         page = page.synced()
-    path.write_text(str(page), encoding="utf-8")
+    _write(page, path)
 
 
 def write_card_to_push(
@@ -111,7 +111,14 @@ def write_card_to_push(
     page = (old or Page()).renewed(*generate(model, folder, repo_id, _facts_of(model, tags)))
     if tags:
         page.parts["tags"] = union(page.parts.get("tags"), tags)
-    (folder / CARD).write_text(str(page.synced()), encoding="utf-8")
+    _write(page.synced(), folder / CARD)
+
+
+def _write(page: Page, path: Path) -> None:
+    """Write a card whole or not at all: a Trainer may be uploading the folder."""
+    draft = path.with_name(f"_{CARD}")  # which a Trainer doesn't upload
+    draft.write_text(str(page), encoding="utf-8")
+    draft.replace(path)
 
 
 def _facts_of(model: PeftModel, tags: Sequence[str] = ()) -> Facts:
@@ -120,6 +127,7 @@ def _facts_of(model: PeftModel, tags: Sequence[str] = ()) -> Facts:
     given = union(told.metadata.get("tags"), known.metadata.get("tags"))
     return Facts(
         data=told.data or known.data,
+        unnamed_data=known.unnamed_data,
         results=[*told.results, *known.results],
         metrics=known.metrics,
         training=known.training | told.training,
@@ -131,7 +139,8 @@ def remote_card(repo_id: str, revision: str | None, token: bool | str | None) ->
     """The card of a repository on the Hub, None if it has none."""
     for wanted in dict.fromkeys((revision, None)):  # a branch that isn't there yet starts as the main one
         try:
-            path = hf_hub_download(repo_id, CARD, revision=wanted, token=token)
+            # Forced: else an old copy in the cache takes the place of a card that can't be reached just now.
+            path = hf_hub_download(repo_id, CARD, revision=wanted, token=token, force_download=True)
             return Page.read(Path(path), f"{CARD} of {repo_id} on the Hub")
         except RevisionNotFoundError:
             continue
