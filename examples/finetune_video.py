@@ -29,6 +29,7 @@ from common.annotations import SPLITS, decode_clips
 from common.files import RESULTS, check_output
 from common.processes import from_main_process, join_processes, leave_processes, once_a_machine, run_alone
 from common.training import train
+from huggingface_hub import EvalResult
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
 from transformers import (
     AutoConfig,
@@ -44,7 +45,7 @@ from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.report import draw_saliency
 from video_grounding.training import Examples, grounding_metrics, predict
 
-from peft_read import PvlaTrainer, PvlaTrainingArguments
+from peft_read import PvlaTrainer, PvlaTrainingArguments, describe_adapter
 from peft_read.pvla.picture import ExamplePlan
 from peft_read.pvla.states import BLOCK_SOURCES
 
@@ -107,6 +108,10 @@ def main() -> None:
         if processes.is_main_process:
             (args.output / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
         if isinstance(model, PeftModel):
+            if method == "read":
+                describe(
+                    args, model, {split: len(each) for split, each in annotations.items()}, results[method]["test"]
+                )
             trainer.save_model(str(args.output / "adapter"))
 
     if processes.is_main_process:
@@ -244,6 +249,37 @@ def predictor(model: torch.nn.Module, collator: Collator) -> PvlaTrainer:
         label_names=["labels"],
     )
     return PvlaTrainer(model, arguments, collator)
+
+
+def describe(args: argparse.Namespace, model: PeftModel, sizes: dict[str, int], metrics: dict[str, float]) -> None:
+    """Tell the adapter's card what it was trained on, how, and what it scored."""
+    name = args.data.name
+    data = (
+        f"Temporal grounding: which {args.clip_seconds:g} s clips of a video does a query mean? `{name}`: "
+        f"{sizes['train']} training, {sizes['validation']} validation and {sizes['test']} test videos."
+    )
+    if args.data == args.cache / "videos":
+        name = "ordered digits"
+        data += (
+            " They and the base model were made by `examples/finetune_video.py` of peft-read: moving handwritten "
+            'digits with distractors, and queries in which order matters ("the second seven").'
+        )
+    data += " The script's `--evaluate` loads base and adapter, and scores them."
+    training = {
+        "steps": args.steps,
+        "batch size": args.batch_size,
+        "peak learning rate": args.learning_rate or LEARNING_RATE,
+        "optimizer": "AdamW, weight decay 0.01, a tenth of the steps warm-up, then a cosine",
+        "seed": args.seed,
+    }
+    if args.pvla_weight or args.pvla_gradient_share:
+        training |= {"PVLA weight": args.pvla_weight, "PVLA gradient share": args.pvla_gradient_share}
+    task = "video-classification"  # of those that the Hub knows the nearest
+    results = [
+        EvalResult(task, name.replace(" ", "-"), name, metric, round(value, 2), dataset_split="test")
+        for metric, value in metrics.items()
+    ]
+    describe_adapter(model, data=data, results=results, training=training, pipeline_tag=task)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

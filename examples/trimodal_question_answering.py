@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ import transformers
 from common.annotations import SPLITS
 from common.embedded import text_encoder_path
 from common.files import RESULTS, check_output
+from huggingface_hub import EvalResult
 from peft import PeftModel
 from torch import nn
 from trimodal_qa import clips, late_fusion, towers
@@ -40,7 +42,7 @@ from trimodal_qa.methods import DEFAULT, METHODS, Late, Lstta, Towers, Training,
 from trimodal_qa.report import Shown, draw_answers
 from trimodal_qa.scores import choose_threshold, decide, micro_f1, predict
 
-from peft_read import TrimodalProcessor
+from peft_read import TrimodalProcessor, describe_adapter
 
 
 LEARNING_RATE, LATE_LEARNING_RATE = 5e-3, 3e-3
@@ -97,6 +99,7 @@ def main() -> None:
         decided[name] = [decide(each, scores["threshold"]) for each in probabilities]
         (args.output / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
         if name == "lstta":
+            describe(args, model, {split: len(each) for split, each in by_split.items()}, answers, scores)
             model.save_pretrained(args.output / ADAPTER)
             importance = frame_importance(model, examples["test"][:SHOWN], collator)
 
@@ -179,6 +182,39 @@ def frame_importance(model: PeftModel, examples: list[Example], collator: Any) -
     model.eval()(**batch)
     levels = torch.stack(model.get_frame_importance(), 1).cpu()
     return [row[:, : len(example["labels"])].numpy() for row, example in zip(levels, examples, strict=True)]
+
+
+def describe(
+    args: argparse.Namespace, model: PeftModel, sizes: dict[str, int], answers: list[str], scores: dict[str, float]
+) -> None:
+    """Tell the adapter's card what it was trained on, how, and what it scored."""
+    name = args.data.name
+    data = (
+        f"Questions about clips, answered for each of {args.frames} frames: one of {', '.join(answers)}, or none. "
+        f"`{name}`: {sizes['train']} training, {sizes['validation']} validation and {sizes['test']} test clips."
+    )
+    if args.data.parent == args.cache / "question_answering":
+        name = f"digits and tones, {args.clips} clips"
+        data += (
+            " They and the towers for pictures and sound were made by `examples/trimodal_question_answering.py` of "
+            'peft-read: handwritten digits are seen, tones are heard, and a question tells which frames count ("which '
+            'digit at the high tone?").'
+        )
+    data += " The script's `--evaluate` loads towers and adapter, and scores them."
+    training = {
+        "steps": args.steps,
+        "batch size": 8,
+        "peak learning rate": args.learning_rate or LEARNING_RATE,
+        "optimizer": "AdamW, weight decay 0.01, a tenth of the steps warm-up, then a cosine",
+        "seed": args.seed,
+        "threshold on none, chosen on validation clips": scores["threshold"],
+    }
+    task = "video-classification"  # of those that the Hub knows the nearest
+    kind = re.sub(r"\W+", "-", name)
+    results = [
+        EvalResult(task, kind, name, "f1", round(scores["test"], 2), dataset_split="test", metric_name="micro F1")
+    ]
+    describe_adapter(model, data=data, results=results, training=training, pipeline_tag=task)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

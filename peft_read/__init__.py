@@ -9,6 +9,8 @@ from .registration import add_peft_type, register
 add_peft_type("READ")
 add_peft_type("LSTTA")
 
+from .cards.overrides import install as install_cards  # noqa: E402
+from .cards.writing import describe_adapter  # noqa: E402
 from .lstta.config import LsttaConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
 from .lstta.model import LsttaModel  # noqa: E402
 from .pvla.arguments import PvlaArguments, PvlaSeq2SeqTrainingArguments, PvlaTrainingArguments  # noqa: E402
@@ -29,6 +31,7 @@ from .trimodal.processing import TrimodalProcessor  # noqa: E402
 
 register(ReadConfig, ReadModel)
 register(LsttaConfig, LsttaModel)
+install_cards()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "TrimodalModel",
     "TrimodalProcessor",
     "VideoTextStates",
+    "describe_adapter",
     "find_feed_forward_outputs",
     "partial_transport",
     "plot_plan",

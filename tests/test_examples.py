@@ -243,6 +243,8 @@ def test_a_users_own_data_and_models(tmp_path, tiny_models, method, options):
     assert "Loaded again in a new process: test mAP" in done.stdout
     assert (output / "saliency.png").stat().st_size > 5000
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    card = (output / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert ("| data | test | mAP |" in card) == (method == "read")
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {method, "head"}
 

@@ -337,6 +337,7 @@ def test_a_users_own_clips_and_towers(tmp_path, tiny_towers):
     assert "Loaded again in a new process: test F1" in done.stdout
     assert (tmp_path / "out" / "answers.png").stat().st_size > 5000
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "| data | test | micro F1 |" in (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert list(results) == methods
 
