@@ -279,7 +279,8 @@ def describe(args: argparse.Namespace, model: PeftModel, sizes: dict[str, int], 
         EvalResult(task, name.replace(" ", "-"), name, metric, round(value, 2), dataset_split="test")
         for metric, value in metrics.items()
     ]
-    describe_adapter(model, data=data, results=results, training=training, pipeline_tag=task)
+    title = f"READ for {name}"
+    describe_adapter(model, data=data, results=results, training=training, pipeline_tag=task, model_name=title)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

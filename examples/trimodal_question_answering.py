@@ -214,7 +214,8 @@ def describe(
     results = [
         EvalResult(task, kind, name, "f1", round(scores["test"], 2), dataset_split="test", metric_name="micro F1")
     ]
-    describe_adapter(model, data=data, results=results, training=training, pipeline_tag=task)
+    title = f"LSTTA for {name}"
+    describe_adapter(model, data=data, results=results, training=training, pipeline_tag=task, model_name=title)
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:

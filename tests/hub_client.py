@@ -6,6 +6,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -125,6 +126,10 @@ def trained(folder, found):
         trainer.push_to_hub()
     except ValueError as error:
         found["refusals"]["both changed"] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()  # pushes nothing over it, and goes on
+    found["refusals"]["in training"] = [str(each.message) for each in caught if "isn't pushed" in str(each.message)]
     found["both changed"] = [local.read_text(), remote_text("ann/trained")]
 
     model = adapter(peft_read.ReadConfig(r=4, modules_to_save=["classifier"]))

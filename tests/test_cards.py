@@ -103,6 +103,11 @@ def test_a_local_base_is_no_hub_id(tmp_path, monkeypatch):
         assert card.data.base_model is None
         assert card.data.tags == ["read", "transformers"]
         assert card.data.pipeline_tag == "feature-extraction"
+    text = saved(tmp_path / "named", model, base_model="ann/base", model_name="Rain")  # somebody knows better
+    assert "# Rain\n" in text
+    assert 'BertModel.from_pretrained("ann/base")' in text
+    assert "base_model:adapter:ann/base" in ModelCard(text).data.tags
+    assert ModelCard(text).data.base_model == "ann/base"
 
 
 def test_a_base_of_ones_own(tmp_path):

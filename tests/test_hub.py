@@ -136,6 +136,9 @@ def test_two_edits_are_not_written_over(shared):
     refusal = shared.found["refusals"]["both changed"]
     assert "changed both in" in refusal
     assert "They differ in ## Limits:" in refusal
+    steps = [warning.split("isn't pushed")[0] for warning in shared.found["refusals"]["in training"]]
+    assert steps == ["Step 1 ", "Step 2 "]
+    assert shared.repos["ann/trained"].messages[-1] == "Upload README.md with huggingface_hub"
     local, remote = shared.found["both changed"]
     assert "no biases" in local
     assert "all biases" in remote

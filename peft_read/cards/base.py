@@ -40,10 +40,10 @@ class Base:
     task: str | None
 
 
-def base_of(model: PeftModel) -> Base:
-    """The base of an adapted model."""
+def base_of(model: PeftModel, given: str | None = None) -> Base:
+    """The base of an adapted model; `given` is its id on the Hub, where somebody told it."""
     base = model.get_base_model()
-    kind, name = type(base).__name__, _name(base)
+    kind, name = type(base).__name__, given or _name(base)
     if not isinstance(base, PreTrainedModel):
         return Base([], f"a `{kind}`", "", _built(kind), None)
     if isinstance(base, TrimodalModel) and not name:
@@ -57,7 +57,7 @@ def base_of(model: PeftModel) -> Base:
     else:
         sentence = f"a `{kind}` of which this page knows no address"
     ids = [hub_id] if hub_id else []
-    if name != base.config.name_or_path:  # named by hand, and not what `from_pretrained` gave
+    if name not in (given, base.config.name_or_path):  # named by hand, and not what `from_pretrained` gave
         return Base(ids, sentence, "", _built(f"{kind} made of {hub_id or Path(name).name}"), _task(base))
     arguments = [f'"{hub_id or "path/to/base-model"}"']
     if "Classification" in kind and base.config.num_labels != 2:  # transformers' default

@@ -78,7 +78,8 @@ def generate(model: PeftModel, folder: Path, repo_id: str | None, facts: Facts) 
         saved = {name: numbers for name, numbers in saved.items() if numbers}
     configs = {name: model.peft_config[name] for name in saved}
     method = _method(next(iter(configs.values())))
-    base = base_of(model)
+    given = facts.metadata.get("base_model")
+    base = base_of(model, given if isinstance(given, str) else None)
     title = facts.metadata.get("model_name") or (repo_id.split("/")[-1] if repo_id else folder.resolve().name)
     fields: dict[str, Any] = {
         "library_name": "peft",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,5 +129,11 @@ def _create_model_card(_: Call, trainer: Trainer, given: dict[str, Any]) -> None
 def _push_from_checkpoint(push: Call, trainer: Trainer, given: dict[str, Any]) -> None:
     """Push while training goes on, with a card that doesn't write over what was changed on the Hub."""
     if trainer.args.hub_strategy != HubStrategy.END:
-        Trainer.create_model_card(trainer)
+        try:
+            Trainer.create_model_card(trainer)
+        except Exception as error:  # whatever it is, and the Hub has many, it must not end a training
+            warnings.warn(
+                f"Step {trainer.state.global_step} isn't pushed, as its card can't be: {error}", stacklevel=2
+            )
+            return
     push()

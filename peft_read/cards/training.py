@@ -72,6 +72,8 @@ def _data(trainer: Trainer, names: list[str]) -> str | None:
 
 
 def _size(dataset: Any) -> str:
+    if isinstance(dataset, dict):  # several to evaluate on
+        return f" ({', '.join(dataset)})"
     return f" ({len(dataset):,} samples)" if has_length(dataset) else ""
 
 

@@ -44,8 +44,8 @@ def describe_adapter(
         data: sentences on what it was trained and evaluated on, in Markdown.
         results: evaluations, as huggingface_hub's `EvalResult`s; the Hub shows them beside the page.
         training: hyperparameters by name.
-        metadata: fields of the card's metadata, such as `license`, `language`, `datasets` (ids on the Hub) or
-            `pipeline_tag`.
+        metadata: fields of the card's metadata, such as `license`, `language`, `datasets` (ids on the Hub),
+            `base_model`, `pipeline_tag`, or `model_name`, the title; by default the repository's or the folder's name.
 
     Raises:
         TypeError: if the model's adapters aren't READ's or LSTTA's, or a result is no `EvalResult`.
