@@ -35,7 +35,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet while the layer is built or unpickled
+            # The one isn't there yet while the layer is built or unpickled; by the other, of a checkpoint around the
+            # module, Accelerate would take this layer for the module.
+            if name in ("base_layer", "_checkpoint_wrapped_module"):
                 raise
             # Models read attributes of their parts; T5 looks at `wo.weight.dtype`.
             return getattr(self.base_layer, name)

@@ -5,16 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 from devices import three_towers
 from helpers import CLOSE, adapted, batch_of, result
 from models import FAMILIES
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from peft_read import ReadConfig
+from peft_read.lstta.layer import LsttaLayer
 
 
 @pytest.fixture
@@ -26,13 +28,17 @@ def sharding(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
-def shard(model):
-    """Accelerate's own wrapping, by the policy of `examples/accelerate/fsdp2.yaml`."""
+def accelerator():
+    """What Accelerate's functions need to know, by the policy of `examples/accelerate/fsdp2.yaml`."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
     )
-    state = SimpleNamespace(fsdp_plugin=plugin)
-    return fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="no", is_main_process=True), model)
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True)
+
+
+def shard(model):
+    """Accelerate's own wrapping."""
+    return fsdp2_prepare_model(accelerator(), model)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "clip"])
@@ -60,12 +66,17 @@ def test_the_fault_that_the_list_prevents(sharding):
         shard(get_peft_model(base, LoraConfig(target_modules=["query"])))
 
 
-def test_blocks_of_towers_not_their_layers(monkeypatch):
-    """Activation checkpointing goes by the same names, and mustn't be around the layers in which towers meet."""
-    model = three_towers()
+def test_checkpoints_are_in_the_layers_where_towers_meet(monkeypatch):
+    """FSDP's activation checkpointing goes by the same names; towers don't meet when a layer is computed again."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert {"ViTLayer", "ASTLayer", "BertLayer"} <= set(model._no_split_modules)
-    assert not {"LsttaLayer", "BertEmbeddings"} & set(model._no_split_modules)
+    model, known = three_towers(), accelerator()
+    known.state.fsdp_plugin.set_auto_wrap_policy(model)
+    fsdp2_apply_ac(known, model)
+    layers = [module for module in model.modules() if isinstance(module, LsttaLayer)]
+    assert len(layers) == 6
+    assert all(isinstance(layer.base_layer, CheckpointWrapper) for layer in layers)
+    inside = [m._checkpoint_wrapped_module for m in model.modules() if isinstance(m, CheckpointWrapper)]
+    assert not any(isinstance(module, LsttaLayer) for module in inside)
 
 
 class Plain(nn.Module):
