@@ -53,6 +53,11 @@ UNEVEN = (7, 13)  # evaluated examples
 # Plain gradient descent shows a gradient of the wrong size; its momentum has to survive a resumed run.
 OPTIMIZER = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9})}
 
+# transformers 5.17 restores an optimizer to "cpu:0", which torch doesn't take for a place; 5.23 names another.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None
+)
+
 
 def read_with_pvla(folder, batch, **options):
     """A text encoder with READ, trained with PVLA; some examples hold no video."""
