@@ -323,3 +323,17 @@ def test_a_wheel_brings_the_templates(tmp_path):
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, **elsewhere, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert printed.split() == [str(tmp_path / "site" / "peft_read" / "hub_cards"), "lstta.md", "read.md"]
+
+
+def test_the_example_cards_are_ours():
+    """As the examples wrote them: metadata that the Hub's own class reads, results among them, and no local path."""
+    for name, tag in (("finetune_video", "read"), ("trimodal_question_answering", "lstta")):
+        text = (ROOT / "hub_cards" / "examples" / f"{name}.md").read_text(encoding="utf-8")
+        card = ModelCard(text)
+        assert card.data.library_name == "peft"
+        assert tag in card.data.tags
+        assert card.data.eval_results
+        assert "Not recorded" not in text
+        assert "/tmp" not in text
+        assert str(Path.home()) not in text
+        assert not Page.parse(text).changed
