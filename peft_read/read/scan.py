@@ -17,8 +17,6 @@ from torch import Tensor
 from .parallel import GatedScan, VanillaScan
 
 
-# Steps from which a forward pass alone is faster in chunks than in torch's kernel, which has no Python between steps.
-PARALLEL_FORWARD = 256
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
 
@@ -44,9 +42,7 @@ def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> li
     if x.shape[1] == 1:
         return _step(kind, x[:, 0], weights, start)
     if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *start))
-        if recorded or x.shape[1] >= PARALLEL_FORWARD:
-            return _scan_on_cpu(kind, x, weights, start)
+        return _scan_on_cpu(kind, x, weights, start)
     return _scan_by_torch(kind, x, weights, start)
 
 
