@@ -14,9 +14,17 @@ from helpers import adapted
 from models import base_model
 from peft import PeftConfig, PeftModel, PeftType, get_peft_config, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor
 
 import peft_read
-from peft_read import ReadConfig
+from peft_read import (
+    ReadConfig,
+    TrimodalConfig,
+    TrimodalForSequenceClassification,
+    TrimodalModel,
+    TrimodalProcessor,
+)
+from peft_read.cards.overrides import install as install_cards
 from peft_read.read.model import ReadModel
 
 
@@ -49,7 +57,7 @@ def run(code, *args, **environment):
 
 @pytest.fixture
 def registry():
-    """What a test does to PEFT's registry is undone, and so is what it does to the loaded modules."""
+    """What a test does to PEFT's and transformers' registries is undone, and to the loaded modules and their cards."""
     mappings = [dict(mapping) for mapping in MAPPINGS]
     modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "peft_read"}
     yield
@@ -59,6 +67,11 @@ def registry():
     for name in [name for name in sys.modules if name.partition(".")[0] == "peft_read"]:
         del sys.modules[name]
     sys.modules.update(modules)
+    AutoConfig.register(TrimodalConfig.model_type, TrimodalConfig, exist_ok=True)
+    AutoModel.register(TrimodalConfig, TrimodalModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(TrimodalConfig, TrimodalForSequenceClassification, exist_ok=True)
+    AutoProcessor.register(TrimodalConfig, TrimodalProcessor, exist_ok=True)
+    install_cards()
 
 
 def test_read_is_a_real_member():
