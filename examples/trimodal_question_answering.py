@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,8 @@ import transformers
 from common.annotations import SPLITS
 from common.embedded import text_encoder_path
 from common.files import RESULTS, check_output
+from common.saved import check_saved_adapter
+from common.training import OPTIMIZER
 from huggingface_hub import EvalResult
 from peft import PeftModel
 from torch import nn
@@ -106,7 +106,7 @@ def main() -> None:
     print_table(results)
     draw(args, by_split["test"], examples["test"], answers, decided, importance)
     if "lstta" in results:
-        check_saved_adapter(args, results["lstta"])
+        check_saved(args, results["lstta"])
     print(f"All in {time.perf_counter() - started:.0f} seconds.")
 
 
@@ -205,7 +205,7 @@ def describe(
         "steps": args.steps,
         "batch size": 8,
         "peak learning rate": args.learning_rate or LEARNING_RATE,
-        "optimizer": "AdamW, weight decay 0.01, a tenth of the steps warm-up, then a cosine",
+        "optimizer": OPTIMIZER,
         "seed": args.seed,
         "threshold on none, chosen on validation clips": scores["threshold"],
     }
@@ -251,18 +251,13 @@ def draw(
     print(f"\nFrames, their importance and the answers of {len(shown)} test clips: {path}")
 
 
-def check_saved_adapter(args: argparse.Namespace, expected: dict[str, Any]) -> None:
-    """Load the saved adapter in a new process of this script, where it must give the same."""
-    adapter = args.output / ADAPTER
-    size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
-    print(f"Adapters and head: {adapter} ({size / 1024:.0f} KiB)", flush=True)
-    command = [sys.executable, __file__, "--evaluate", str(adapter), "--data", str(args.data)]
-    command += ["--vision", args.vision, "--audio", args.audio, "--text", args.text, "--frames", str(args.frames)]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    again = json.loads(printed.splitlines()[-1])
+def check_saved(args: argparse.Namespace, expected: dict[str, Any]) -> None:
+    """Load the saved adapter in a new process of this script."""
+    options = ["--data", str(args.data), "--frames", str(args.frames)]
+    options += ["--vision", args.vision, "--audio", args.audio, "--text", args.text]
+    scores = {name: expected[name] for name in ("threshold", "validation", "test")}
+    again = check_saved_adapter(__file__, args.output / ADAPTER, options, scores)
     print(f"Loaded again in a new process: test F1 {again['test']:.1f}")
-    if any(abs(again[name] - expected[name]) > 0.01 for name in again):
-        raise SystemExit(f"The loaded adapter gives {again}, the trained one gave {expected}.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Data-parallel training with PVLA: two processes and the Trainer's defaults give the numbers of one process."""
 
-import os
-import socket
 import warnings
 
 import pytest
 import torch
 from alignment import CASES, CAUSAL, marked, spoken, steps_logged, trainer_of, weights
+from devices import free_port, join
 
 
 # The processes are started once, not once by each worker of pytest-xdist.
@@ -42,12 +41,10 @@ def run(name, folder, processes):
     return {"logs": steps_logged(trainer), "weights": weights(trainer.model), "metrics": trainer.evaluate()}
 
 
-def work(rank, processes, folder, port):
+def work(rank, folder, port):
     warnings.simplefilter("ignore")
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    torch.save({name: run(name, folder, processes) for name in RUNS}, folder / f"{rank}.pt")
+    join(rank, port)
+    torch.save({name: run(name, folder, 2) for name in RUNS}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -55,10 +52,7 @@ def work(rank, processes, folder, port):
 def processes(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (2, folder, port), nprocs=2)
+    torch.multiprocessing.spawn(work, (folder, free_port()), nprocs=2)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -13,6 +13,7 @@ from peft_read import PvlaTrainer, PvlaTrainingArguments
 from .processes import join_processes
 
 
+OPTIMIZER = "AdamW, weight decay 0.01, a tenth of the steps warm-up, then a cosine"  # what `train` uses, in words
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
@@ -48,7 +49,7 @@ def train(
     description: str = "train",
     pvla: dict[str, Any] | None = None,
 ) -> PvlaTrainer:
-    """Train what is trainable in `model`, in place: AdamW, a tenth of the steps warm-up, then a cosine.
+    """Train what is trainable in `model`, in place, as `OPTIMIZER` says.
 
     Args:
         batch_size: of all processes together.
