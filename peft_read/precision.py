@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations on `device` keep the dtypes of their arguments."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def linear(x: Tensor, module: nn.Linear) -> Tensor:

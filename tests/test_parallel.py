@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from peft_read import recurrent_scan
-from peft_read.read import parallel
+from peft_read.read import chunks
+from peft_read.read.chunks import Chunks
 
 
 CELLS = [nn.RNN, nn.GRU]
@@ -36,7 +37,7 @@ def results(function, cell, x, start):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("time", [1, 31, 63, 64, 65, 96, 301])
+@pytest.mark.parametrize("time", [1, 31, 127, 128, 129, 301])
 @pytest.mark.parametrize("cell_cls", CELLS)
 def test_equals_the_sequential_module(cell_cls, time, weights):
     """Outputs, final state and all gradients, in float64 against torch's own; small inputs, so that states last."""
@@ -61,45 +62,64 @@ def test_a_mask_and_chunks_together(cell_cls):
         assert torch.allclose(final[:, row], alone_final[:, 0], atol=1e-10)
 
 
+@pytest.fixture
+def runs(monkeypatch):
+    """Rows and steps of every run of a recurrence over chunks."""
+    seen = []
+    original = Chunks.settle
+
+    def watched(self, run, start, **kwargs):
+        def counted(states, rows, skipped):
+            seen.append((len(states), self.length - skipped))
+            return run(states, rows, skipped)
+
+        return original(self, counted, start, **kwargs)
+
+    monkeypatch.setattr(Chunks, "settle", watched)
+    return seen
+
+
 @pytest.mark.parametrize("cell_cls", CELLS)
-def test_a_recurrence_that_forgets_takes_few_rounds(cell_cls, monkeypatch):
-    """The point of it: as initialised, a long scan never falls back to one step after another."""
-    lengths = []
-    original = parallel.in_chunks
-
-    def counted(loop, start, steps):
-        def watched(start, steps):
-            lengths.append(len(steps[0]))
-            return loop(start, steps)
-
-        return original(watched, start, steps)
-
-    monkeypatch.setattr(parallel, "in_chunks", counted)
-    cell, x, start = make(cell_cls, 1024)
+@pytest.mark.parametrize("time", [1024, 16384])
+def test_a_recurrence_that_forgets_takes_few_rounds(cell_cls, time, runs):
+    """The point of it: as initialised, a long scan takes as many steps as a few chunks have, in either direction."""
+    cell, x, start = make(cell_cls, time)
     results(lambda x, cell, start: recurrent_scan(x, cell, state=start), cell, x, start)
-    assert set(lengths) == {parallel.CHUNK}
-    assert len(lengths) <= 2 * parallel.MOST_ROUNDS
+    assert min(rows for rows, _ in runs) > len(x)
+    assert sum(steps for _, steps in runs) <= 2 * 4 * chunks.LONGEST_CHUNK
 
 
-def test_a_recurrence_that_never_forgets_falls_back(monkeypatch):
+def test_a_recurrence_that_never_forgets_falls_back(runs):
     """The worst case is the sequential scan after a bounded number of rounds, not one round per chunk."""
-    calls = []
+    x = torch.ones(2, 1024, 3, dtype=torch.float64)
+    cut = Chunks(x)
+    steps, sums = cut.cut(x), cut.cut(torch.zeros_like(x))
 
-    def counts(start, steps):
-        calls.append(len(steps[0]))
-        states = torch.cumsum(steps[0], 0) + start
-        return states[-1], [states]
+    def add_up(total, rows, skipped):
+        for step, after in zip(steps[skipped:, rows], sums[skipped:, rows], strict=True):
+            total = after.copy_(total + step)
+        return total
 
-    steps = torch.ones(1024, 2, 3, dtype=torch.float64)
-    (states,) = parallel.in_chunks(counts, torch.zeros(2, 3, dtype=torch.float64), [steps])
-    assert torch.equal(states[:, 0, 0], torch.arange(1, 1025, dtype=torch.float64))
-    assert calls == [parallel.CHUNK] * parallel.MOST_ROUNDS + [1024]
+    starts, ends = cut.settle(add_up, torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.equal(cut.join(sums), x.cumsum(1))
+    assert torch.equal(starts[2:], ends[:-2])
+    assert runs == [(2 * cut.count, cut.length)] * chunks.MOST_ROUNDS + [(2, cut.length)] * cut.count
+
+
+@pytest.mark.parametrize(("batch", "time"), [(3, 5), (2, 127), (2, 128), (1, 300), (40, 4097)])
+def test_what_is_cut_is_joined_again(batch, time):
+    """Short sequences stay whole; the last chunk may be partly empty, also for gradients."""
+    x = torch.randn(batch, time, 2)
+    cut = Chunks(x)
+    assert torch.equal(cut.join(cut.cut(x)), x)
+    torch.testing.assert_close(cut.cut_gradient(x).sum((0, 1)), x.sum((0, 1)), rtol=0, atol=1e-3)
+    assert (cut.count == 1) == (time < 4 * chunks.CHUNK)
 
 
 def test_gradients_are_central_differences():
     """The written-out backward passes across chunk borders."""
     for cell_cls in CELLS:
-        cell, x, start = make(cell_cls, 70)
-        short = x[:1, :, :].detach().requires_grad_()
+        cell, x, start = make(cell_cls, 130)
+        short = x[:1].detach().requires_grad_()
         begin = start[:, :1].detach().requires_grad_()
         assert torch.autograd.gradcheck(lambda x, s, c=cell: recurrent_scan(x, c, state=s)[0], (short, begin))

@@ -1,176 +1,188 @@
-"""The vanilla and the gated recurrence on CPU, parallel in time, with their backward passes written out.
+"""The vanilla and the gated recurrence in torch's operations, parallel in time, with backward passes written out.
 
-A recurrence that is as narrow as an adapter's forgets quickly. So the sequence is cut into chunks, and all of them run
-at once, from guessed initial states; each hands its last state to its successor, and they run again, until nothing
-changes. The result is that of the sequential scan, after a few rounds that are each as long as one chunk. Where it
-takes more, for a recurrence that doesn't forget, the sequential scan runs after all. The backward pass, a linear
-recurrence in reverse time, goes the same way.
+Sequences that are too short to be cut run through torch's own loop, which keeps its graph to itself: their backward
+pass begins with the states alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .chunks import Chunks
 
-CHUNK = 32
-MOST_ROUNDS = 4
-# A loop takes an initial state `(rows, width)` and what drives each step, tensors `(time, rows, ...)`; it gives the
-# last state and tensors of the same layout.
-Loop: TypeAlias = Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
+
+OPTIONS = (True, 1, 0.0, False, False, True)  # of torch's kernels: biases, one layer, one direction, batch first
 
 
 class VanillaScan(torch.autograd.Function):
-    """h_t = tanh(inputs_t + W h_(t-1) + b), time first: `inputs (time, batch, hidden)` -> states of the same shape."""
+    """h_t = tanh(W_in x_t + b_in + W h_(t-1) + b): `(batch, time, features)` -> states `(batch, time, hidden)`."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, start: Tensor) -> Tensor:
-        transposed = weight.t()
+    def forward(
+        ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
+    ) -> Tensor:
+        chunks = ctx.chunks = Chunks(x)
+        if chunks.count == 1:
+            outputs = torch.rnn_tanh(x, start[None], [w_in, w_hidden, b_in, b_hidden], *OPTIONS)[0]
+            ctx.save_for_backward(x, outputs, start, w_in, w_hidden)
+            return outputs
+        drives = chunks.cut(F.linear(x, w_in, b_in + b_hidden))
+        ends = drives.new_empty(chunks.length + 1, *drives.shape[1:])  # where each step begins, and the last one ends
+        states, transposed = ends[1:], w_hidden.t()
 
-        def loop(hidden: Tensor, driven: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            states = torch.empty_like(driven[0])
-            for drive, state in zip(driven[0].unbind(), states.unbind(), strict=True):
-                torch.addmm(drive, hidden, transposed, out=state)
-                hidden = state.tanh_()
-            return hidden, [states]
+        def run(hidden: Tensor, rows: slice, skipped: int) -> Tensor:
+            for drive, state in zip(drives[skipped:, rows].unbind(), states[skipped:, rows].unbind(), strict=True):
+                hidden = torch.addmm(drive, hidden, transposed, out=state).tanh_()
+            return hidden
 
-        (states,) = in_chunks(loop, start, [inputs + bias])
-        ctx.save_for_backward(weight, start, states)
-        return states
+        ends[0], _ = chunks.settle(run, start)
+        ctx.save_for_backward(x, ends, start, w_in, w_hidden)
+        return chunks.join(states)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        weight, start, states = ctx.saved_tensors
+        x, ends, start, w_in, w_hidden = ctx.saved_tensors
+        chunks: Chunks = ctx.chunks
+        if chunks.count == 1:
+            ends = torch.cat([start[None], ends.transpose(0, 1)])
+        grads, states = chunks.cut_gradient(grad), ends[1:]
+        deltas = torch.empty_like(grads)
 
-        def loop(carry: Tensor, steps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            deltas = torch.empty_like(steps[0])
-            for g, slope, delta in zip(*(tensor.unbind() for tensor in (*steps, deltas)), strict=True):
+        def run(carry: Tensor, rows: slice, skipped: int) -> Tensor:
+            kept = slice(chunks.length - skipped)
+            for g, state, delta in zip(
+                *(reversed(tensor[kept, rows].unbind()) for tensor in (grads, states, deltas)), strict=True
+            ):
                 torch.add(g, carry, out=delta)
-                delta.mul_(slope)
-                carry = delta @ weight
-            return carry, [deltas]
+                torch.ops.aten.tanh_backward.grad_input(delta, state, grad_input=delta)
+                carry = delta @ w_hidden
+            return carry
 
-        slopes = 1 - states * states
-        (reversed_deltas,) = in_chunks(loop, torch.zeros_like(start), [grad.flip(0), slopes.flip(0)])
-        deltas = reversed_deltas.flip(0)
-        before = torch.cat([start[None], states[:-1]])
-        grad_weight = deltas.flatten(0, 1).t() @ before.flatten(0, 1)
-        return deltas, grad_weight, deltas.sum((0, 1)), deltas[0] @ weight
+        _, carries = chunks.settle(run, torch.zeros_like(start), backwards=True)
+        grad_w_hidden = deltas.flatten(0, 1).t() @ ends[:-1].flatten(0, 1)
+        grad_inputs = chunks.join(deltas, out=grads)
+        rows = grad_inputs.flatten(0, 1)
+        grad_bias = rows.sum(0)
+        return (
+            grad_inputs @ w_in,
+            rows.t() @ x.flatten(0, 1),
+            grad_w_hidden,
+            grad_bias,
+            grad_bias,
+            carries[: chunks.batch],
+        )
 
 
 class GatedScan(torch.autograd.Function):
-    """The GRU of `nn.GRU`, time first: `inputs (time, batch, 3 * hidden)`, gates reset, update, new, to its states.
+    """The GRU of `nn.GRU`, gates reset, update, new: `(batch, time, features)` -> states `(batch, time, hidden)`.
 
-    r, z = sigmoid(inputs_rz + W_rz h + b_rz);  n = tanh(inputs_n + r * (W_n h + b_n));  h = n + z * (h - n).
+    r, z = sigmoid(W_in x + b_in + W h + b);  n = tanh(W_in x + b_in + r * (W h + b));  h = n + z * (h - n).
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, start: Tensor) -> Tensor:
-        size = start.shape[-1]
-        transposed = weight.t()
+    def forward(
+        ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
+    ) -> Tensor:
+        chunks = ctx.chunks = Chunks(x)
+        weights = (w_in, w_hidden, b_in, b_hidden)
+        if chunks.count == 1:
+            outputs = torch.gru(x, start[None], list(weights), *OPTIONS)[0]
+            ctx.save_for_backward(*weights, x, outputs, start)
+            return outputs
+        size = start.shape[1]
+        drives, drives_new = (chunks.cut(drive) for drive in _drives(x, *weights))
+        to_gates, to_new = w_hidden.t().split([2 * size, size], dim=1)
+        gates, inner, news = torch.empty_like(drives), torch.empty_like(drives_new), torch.empty_like(drives_new)
+        ends = drives.new_empty(chunks.length + 1, *drives_new.shape[1:])
+        resets, updates = gates.chunk(2, dim=-1)
+        bias = b_hidden[2 * size :]
 
-        def loop(hidden: Tensor, steps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            (driven,) = steps
-            states, news = driven.new_empty(2, *driven.shape[:2], size).unbind()
-            recurrent, gates = torch.empty_like(driven), driven.new_empty(*driven.shape[:2], 2 * size)
-            for drive, drive_new, product, into, out_of, gate, reset, update, new, state in zip(
-                driven[..., : 2 * size].unbind(),
-                driven[..., 2 * size :].unbind(),
-                recurrent.unbind(),
-                recurrent[..., : 2 * size].unbind(),
-                recurrent[..., 2 * size :].unbind(),
-                gates.unbind(),
-                gates[..., :size].unbind(),
-                gates[..., size:].unbind(),
-                news.unbind(),
-                states.unbind(),
-                strict=True,
+        def run(hidden: Tensor, rows: slice, skipped: int) -> Tensor:
+            tensors = (drives, drives_new, gates, resets, updates, inner, news, ends[1:])
+            for drive, drive_new, gate, reset, update, product, new, state in zip(
+                *(tensor[skipped:, rows].unbind() for tensor in tensors), strict=True
             ):
-                torch.addmm(bias, hidden, transposed, out=product)
-                torch.add(drive, into, out=gate)
-                gate.sigmoid_()
-                torch.addcmul(drive_new, reset, out_of, out=new)
-                new.tanh_()
+                torch.addmm(drive, hidden, to_gates, out=gate).sigmoid_()
+                torch.addmm(bias, hidden, to_new, out=product)
+                torch.addcmul(drive_new, reset, product, out=new).tanh_()
                 hidden = torch.lerp(new, hidden, update, out=state)
-            return hidden, [states, recurrent[..., 2 * size :], gates, news]
+            return hidden
 
-        states, recurrent_new, gates, news = in_chunks(loop, start, [inputs])
-        ctx.save_for_backward(weight, start, states, recurrent_new, gates, news)
-        return states
+        ends[0], _ = chunks.settle(run, start)
+        ctx.save_for_backward(*weights, x, ends, start, gates, inner, news)
+        return chunks.join(ends[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        weight, start, states, recurrent_new, gates, news = ctx.saved_tensors
-        size = states.shape[-1]
-        reset, update = gates.chunk(2, dim=-1)
-        before = torch.cat([start[None], states[:-1]])
+        w_in, w_hidden, b_in, b_hidden, x, ends, start, *found = ctx.saved_tensors
+        chunks: Chunks = ctx.chunks
+        size = start.shape[1]
+        if chunks.count == 1:
+            ends = torch.cat([start[None], ends.transpose(0, 1)])
+            found = _gates(x.transpose(0, 1), ends[:-1], w_in, w_hidden, b_in, b_hidden)
+        gates, inner, news = found
+        before, (resets, updates) = ends[:-1], gates.chunk(2, dim=-1)
         # What one unit of dh at a step sends into each gate before its nonlinearity; no step depends on another here.
-        to_new = (1 - update) * (1 - news * news)
-        to_reset = to_new * recurrent_new * reset * (1 - reset)
-        to_update = (before - news) * update * (1 - update)
-        share = torch.stack([to_reset, to_update, to_new * reset], dim=2)
+        shares = grad.new_empty(*before.shape[:2], 3, size)
+        to_reset, to_update, to_inner = shares.unbind(2)
+        to_new = torch.rsub(updates, 1)
+        torch.sub(before, news, out=to_update).mul_(updates).mul_(to_new)
+        to_new.addcmul_(to_new * news, news, value=-1)
+        torch.mul(to_new, resets, out=to_inner)
+        torch.mul(to_inner, inner, out=to_reset).addcmul_(to_reset, resets, value=-1)
 
-        def loop(carry: Tensor, steps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            g, share, keep = steps
-            hidden_grads, deltas = torch.empty_like(g), torch.empty_like(share)
-            rows = deltas.flatten(2)
-            for step in zip(*(t.unbind() for t in (g, share, keep, hidden_grads, deltas, rows)), strict=True):
-                now, part, kept, dh, delta, row = step
-                torch.add(now, carry, out=dh)
-                torch.mul(dh[:, None], part, out=delta)
-                carry = torch.addmm(dh * kept, row, weight)
-            return carry, [hidden_grads, deltas]
-
-        backwards = [tensor.flip(0) for tensor in (grad, share, update)]
-        hidden_grads, deltas = (t.flip(0) for t in in_chunks(loop, torch.zeros_like(start), backwards))
+        grads = chunks.cut_gradient(grad)
+        hidden_grads, deltas = torch.empty_like(grads), torch.empty_like(shares)
         flat = deltas.flatten(2)
-        grad_inputs = flat.clone()
-        torch.mul(hidden_grads, to_new, out=grad_inputs[..., 2 * size :])
-        grad_weight = flat.flatten(0, 1).t() @ before.flatten(0, 1)
-        grad_start = torch.addmm(hidden_grads[0] * update[0], flat[0], weight)
-        return grad_inputs, grad_weight, flat.sum((0, 1)), grad_start
+
+        def run(carry: Tensor, rows: slice, skipped: int) -> Tensor:
+            kept = slice(chunks.length - skipped)
+            tensors = (grads, shares, updates, hidden_grads, deltas, flat)
+            for g, share, update, hidden_grad, delta, row in zip(
+                *(reversed(tensor[kept, rows].unbind()) for tensor in tensors), strict=True
+            ):
+                torch.add(g, carry, out=hidden_grad)
+                torch.mul(hidden_grad[:, None], share, out=delta)
+                carry = torch.addmm(hidden_grad * update, row, w_hidden)
+            return carry
+
+        _, carries = chunks.settle(run, torch.zeros_like(start), backwards=True)
+        rows = flat.flatten(0, 1)
+        grad_w_hidden, grad_b_hidden = rows.t() @ before.flatten(0, 1), rows.sum(0)
+        torch.mul(hidden_grads, to_new, out=deltas[:, :, 2])  # the new gate's input isn't multiplied by the reset gate
+        grad_inputs = chunks.join(flat, out=shares)
+        rows = grad_inputs.flatten(0, 1)
+        return (
+            grad_inputs @ w_in,
+            rows.t() @ x.flatten(0, 1),
+            grad_w_hidden,
+            rows.sum(0),
+            grad_b_hidden,
+            carries[: chunks.batch],
+        )
 
 
-def in_chunks(loop: Loop, start: Tensor, steps: list[Tensor]) -> list[Tensor]:
-    """What `loop` gives for all steps, chunks of them at once.
-
-    Args:
-        loop: one recurrence.
-        start: its initial state, `(batch, width)`.
-        steps: what drives it, `(time, batch, ...)` each.
-
-    Returns:
-        The loop's tensors, `(time, batch, ...)` each: to rounding, those that it gives in one go.
-    """
-    time, batch = steps[0].shape[:2]
-    if time < 2 * CHUNK:
-        return loop(start, steps)[1]
-    count = -(-time // CHUNK)
-    chunks = [_cut(tensor, count) for tensor in steps]
-    starts = torch.cat([start[None], start.new_zeros(count - 1, *start.shape)])
-    for _ in range(MOST_ROUNDS):
-        ends, results = loop(starts.flatten(0, 1), chunks)
-        handed = torch.cat([start[None], ends.unflatten(0, (count, batch))[:-1]])
-        if _close(handed, starts):
-            return [result.unflatten(1, (count, batch)).transpose(0, 1).flatten(0, 1)[:time] for result in results]
-        starts = handed
-    return loop(start, steps)[1]
+def _drives(x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What the input adds to the gates, with their recurrent biases, and to the new state."""
+    size = w_hidden.shape[1]
+    gates = F.linear(x, w_in[: 2 * size], b_in[: 2 * size] + b_hidden[: 2 * size])
+    return gates, F.linear(x, w_in[2 * size :], b_in[2 * size :])
 
 
-def _cut(steps: Tensor, count: int) -> Tensor:
-    """`(time, batch, ...)` to `(CHUNK, count * batch, ...)`, zeros where the last chunk isn't full."""
-    missing = count * CHUNK - len(steps)
-    if missing:
-        steps = torch.cat([steps, steps.new_zeros(missing, *steps.shape[1:])])
-    return steps.unflatten(0, (count, CHUNK)).transpose(0, 1).flatten(1, 2)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two guesses differ by no more than a few roundings of the largest state."""
-    return bool((a - b).abs().max() <= 4 * torch.finfo(a.dtype).eps * a.abs().max())
+def _gates(
+    x: Tensor, before: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, the new state's recurrent part, and the new state, from the states `before` each step."""
+    size = before.shape[-1]
+    gates, news = _drives(x, w_in, w_hidden, b_in, b_hidden)
+    gates += F.linear(before, w_hidden[: 2 * size])
+    inner = F.linear(before, w_hidden[2 * size :], b_hidden[2 * size :])
+    gates.sigmoid_()
+    return gates, inner, news.addcmul_(gates[..., :size], inner).tanh_()

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .parallel import GatedScan, VanillaScan
@@ -42,7 +41,7 @@ def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> li
     if x.shape[1] == 1:
         return _step(kind, x[:, 0], weights, start)
     if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
-        return _scan_on_cpu(kind, x, weights, start)
+        return _scan_in_parallel(kind, x, weights, start)
     return _scan_by_torch(kind, x, weights, start)
 
 
@@ -54,12 +53,11 @@ def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> l
     return [states[0][:, None], *states]
 
 
-def _scan_on_cpu(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+def _scan_in_parallel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
     w_in, w_hidden, *biases = weights
-    inputs = F.linear(x, w_in, biases[0] if biases else None).transpose(0, 1)
-    bias = biases[1] if biases else w_hidden.new_zeros(w_hidden.shape[0])
+    b_in, b_hidden = biases or [w_hidden.new_zeros(w_hidden.shape[0])] * 2
     function = GatedScan if kind == "gru" else VanillaScan
-    states = function.apply(inputs, w_hidden, bias, start[0]).transpose(0, 1)
+    states = function.apply(x, w_in, w_hidden, b_in, b_hidden, start[0])
     return [states, states[:, -1]]
 
 

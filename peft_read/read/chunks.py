@@ -1,0 +1,114 @@
+"""Running a recurrence over chunks of time at once, to the result of running it over one step after another.
+
+A recurrence that is as narrow as an adapter's forgets quickly. So the sequence is cut into chunks, and all of them run
+at once, from guessed states; each hands its last state to its successor, and they run again, until nothing changes.
+The result is that of the sequential scan, after few rounds that are each as long as one chunk. Where it takes more,
+for a recurrence that doesn't forget, the chunks run one after another after all. A backward pass, a linear recurrence
+in reverse time, goes the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+CHUNK = 32
+LONGEST_CHUNK = 128
+MANY_ROWS = 512  # at once, from which on more of them gain nothing: then chunks are longer
+MOST_ROUNDS = 4
+# Takes the states before some rows' first step, which rows, and how many of a chunk's first steps to leave out (the
+# last ones, backwards in time). It keeps its results and gives the states after the last step.
+Run: TypeAlias = Callable[[Tensor, slice, int], Tensor]
+
+
+class Chunks:
+    """How `(batch, time, ...)` is cut into rows `(length, count * batch, ...)`, a chunk's rows next to each other.
+
+    Args:
+        batch: sequences.
+        time: their steps. Short ones stay whole; the last chunk of the others may be partly empty.
+        of: a tensor to be cut.
+    """
+
+    def __init__(self, of: Tensor) -> None:
+        self.batch, self.time = batch, time = of.shape[0], of.shape[1]
+        self.length = time
+        if time >= 4 * CHUNK:  # with fewer chunks the rounds take as many steps as there are
+            self.length = CHUNK
+            while self.length < LONGEST_CHUNK and batch * time >= MANY_ROWS * self.length:
+                self.length *= 2
+        self.count = -(-time // self.length)
+        self._source, self._place = _indices(batch, time, self.length, self.count, of.device)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """`(batch, time, features)` to `(length, count * batch, features)`; empty steps repeat the last one."""
+        return x.flatten(0, 1).index_select(0, self._source).view(self.length, -1, x.shape[2])
+
+    def cut_gradient(self, grad: Tensor) -> Tensor:
+        """`cut` with zeros in the empty steps."""
+        rows = self.cut(grad)
+        if self.time % self.length:
+            rows[self.time % self.length :, -self.batch :] = 0
+        return rows
+
+    def join(self, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """`(length, count * batch, features)` back to `(batch, time, features)`, in the memory of `out` if it's given.
+
+        Fresh memory is the dearer half of a copy on CPU.
+        """
+        if out is not None:
+            out = out.flatten()[: self.batch * self.time * rows.shape[2]].view(-1, rows.shape[2])
+        joined = torch.index_select(rows.flatten(0, 1), 0, self._place, out=out)
+        return joined.view(self.batch, self.time, rows.shape[2])
+
+    def settle(self, run: Run, start: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
+        """Run a recurrence until every chunk has started from what its predecessor ended with.
+
+        Args:
+            run: the recurrence.
+            start: state before the first step (after the last one, backwards), `(batch, width)`.
+            backwards: the chunks' predecessors are the later ones.
+
+        Returns:
+            The states that the chunks started from and those that they ended with, `(count * batch, width)` each.
+        """
+        if self.count == 1:
+            return start, run(start, slice(None), 0)
+        first = (self.count - 1) * self.batch if backwards else 0
+        starts = start.new_zeros(self.count * self.batch, start.shape[1])
+        starts[first : first + self.batch] = start
+        skipped = self.length - CHUNK  # a guess of the states needs no more steps than it is hoped to depend on
+        for _ in range(MOST_ROUNDS):
+            ends = run(starts, slice(None), skipped)
+            kept = ends[self.batch :] if backwards else ends[: -self.batch]
+            handed = torch.cat([kept, start] if backwards else [start, kept])
+            if not skipped and self._equal(handed, starts):
+                return starts, ends
+            starts, skipped = handed, 0
+        step = -self.batch if backwards else self.batch
+        for row in range(first, first + self.count * step, step):
+            rows = slice(row, row + self.batch)
+            starts[rows] = start
+            ends[rows] = start = run(start, rows, 0)
+        return starts, ends
+
+    def _equal(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two guesses differ by no more than a few roundings of a sequence's largest state."""
+        difference, size = ((s.view(self.count, self.batch, -1).abs().amax((0, 2))) for s in (a - b, a))
+        return bool((difference <= 4 * torch.finfo(a.dtype).eps * size).all())
+
+
+@lru_cache(maxsize=8)
+def _indices(batch: int, time: int, length: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each row of each step of the chunks where it comes from, and for each step where it has gone to."""
+    sequences = torch.arange(batch, device=device)
+    steps = torch.arange(length * count, device=device).view(count, length).t().clamp(max=time - 1)
+    source = steps[..., None] + time * sequences
+    times = torch.arange(time, device=device)
+    place = (times % length * count + times // length) * batch + sequences[:, None]
+    return source.flatten(), place.flatten()
