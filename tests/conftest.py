@@ -7,6 +7,9 @@ import torch
 
 # No test may depend on a network: what looks for a file on the Hub is told at once that there is none.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU Triton's kernels are interpreted; Triton wants to know when it's imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # There is a test process for each core, and models here are too small for more than one thread.
 torch.set_num_threads(1)
 

@@ -1,0 +1,205 @@
+"""The Triton kernels against torch's modules in float64: on a GPU where there is one, else by Triton's interpreter."""
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from peft_read import recurrent_scan
+from peft_read.read.scan import SWITCH
+
+
+pytest.importorskip("triton")
+# Exponentials that overflow give gates that are shut.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CELLS = {"rnn": nn.RNN, "relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+WEIGHTS = {
+    "as initialised": lambda w: w,
+    "almost none": lambda w: 0.001 * nn.functional.normalize(w),
+    "saturated": lambda w: 5 * torch.linalg.qr(w)[0],
+    "never forgetting": lambda w: torch.linalg.qr(w)[0],
+    "alternating": lambda w: -torch.eye(w.shape[1]).repeat(w.shape[0] // w.shape[1], 1),
+}
+SHORT = 4  # a chunk's steps where many chunks are wanted: the interpreter takes milliseconds for each
+
+
+@pytest.fixture(autouse=True)
+def kernel_scan(monkeypatch):
+    """The kernels' module, for which every scan is sent to them."""
+    monkeypatch.setenv(SWITCH, "triton")
+    from peft_read.read import kernel_scan
+
+    return kernel_scan
+
+
+def make(name, size=5, batch=2, time=19, weights="as initialised", **kwargs):
+    torch.manual_seed(0)
+    if name == "relu":
+        kwargs["nonlinearity"] = "relu"
+    cell = CELLS[name](size, size, batch_first=True, **kwargs)
+    with torch.no_grad():
+        for parameter_name, parameter in cell.named_parameters():
+            if "weight_hh" in parameter_name:
+                parameter.copy_(WEIGHTS[weights](parameter))
+    directions = 2 if cell.bidirectional else 1
+    x = 0.5 * torch.randn(batch, time, size)
+    state = torch.randn(2, directions, batch, size)
+    return cell, x, state
+
+
+def results(function, cell, x, state, seed=1):
+    """Outputs, final state and all gradients, of the kind of recurrence that `cell` is."""
+    x, state = x.detach().requires_grad_(), state.detach().requires_grad_()
+    outputs, final = function(x, cell, (state[0], state[1]) if isinstance(cell, nn.LSTM) else state[0])
+    finals = final if isinstance(final, tuple) else (final,)
+    weight = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(seed)).to(outputs)
+    loss = (outputs * weight).sum() + sum(part.sin().sum() for part in finals)
+    return [outputs, *finals, *torch.autograd.grad(loss, [x, state, *cell.parameters()])]
+
+
+def check(cell, x, state):
+    """The kernels give what torch's module gives in float64, as closely as that module itself in float32."""
+    module = functools.partial(results, lambda x, cell, state: cell(x, state))
+    expected = module(copy.deepcopy(cell).double(), x.double(), state.double())
+    theirs = module(cell, x, state)
+    cell = cell.to(DEVICE)
+    ours = results(lambda x, cell, s: recurrent_scan(x, cell, state=s), cell, x.to(DEVICE), state.to(DEVICE))
+    for result, other, exact in zip(ours, theirs, expected, strict=True):
+        error, usual = ((part.detach().cpu().double() - exact.detach()).abs().max() for part in (result, other))
+        assert error <= 5 * usual + 1e-6 * exact.detach().abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", CELLS)
+def test_equals_the_module_in_double_precision(name, weights, kernel_scan, monkeypatch):
+    """Outputs, final state and all gradients, over chunks so short that all must be mended."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    check(*make(name, weights=weights))
+
+
+@pytest.mark.parametrize("time", [2, 3, 4, 5, 8, 9, 12])
+def test_any_length(time, kernel_scan, monkeypatch):
+    """Whole chunks, parts of one, and those few that need no rounds."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    check(*make("gru", batch=1, time=time))
+
+
+@pytest.mark.parametrize("size", [1, 16, 17])
+@pytest.mark.parametrize("name", ["rnn", "lstm"])
+def test_any_width(name, size, kernel_scan, monkeypatch):
+    """States are padded to a power of two."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    check(*make(name, size=size, batch=1, time=13))
+
+
+def test_chunks_of_the_real_length():
+    """As users have them."""
+    check(*make("gru", batch=1, time=100))
+
+
+def test_a_gradient_at_the_last_step_alone(kernel_scan, monkeypatch):
+    """It reaches the first steps through all chunks: no part of it may be taken for zero too early."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    cell, x, state = make("rnn", batch=2, time=21, weights="never forgetting")
+
+    def last(function, cell, x, state):
+        x = x.detach().requires_grad_()
+        outputs, _ = function(x, cell, state)
+        return torch.autograd.grad(outputs[:, -1].sum() * outputs.new_tensor(1.0), x)[0]
+
+    expected = last(lambda x, c, s: c(x, s), copy.deepcopy(cell).double(), x.double(), state[0].double())
+    ours = last(lambda x, c, s: recurrent_scan(x, c, state=s), cell.to(DEVICE), x.to(DEVICE), state[0].to(DEVICE))
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_masks_and_both_directions(name, kernel_scan, monkeypatch):
+    """Padding and holes: each row's valid steps alone, in either direction."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    cell, x, _ = make(name, time=15, bidirectional=True)
+    mask = torch.ones(2, 15, dtype=torch.bool)
+    mask[0, :6] = mask[1, 3] = mask[1, 11:] = False
+    outputs, _ = recurrent_scan(x.to(DEVICE), cell.to(DEVICE), mask=mask.to(DEVICE))
+    double = copy.deepcopy(cell).cpu().double()
+    for row in range(2):
+        alone, _ = double(x[row : row + 1, mask[row]].double())
+        torch.testing.assert_close(outputs[row, mask[row].to(DEVICE)].cpu().double(), alone[0], rtol=0, atol=1e-6)
+
+
+def test_half_precision_input_keeps_a_float32_state():
+    """Only input and output are rounded; in inference mode too."""
+    cell, x, _ = make("gru", time=9)
+    cell = cell.to(DEVICE)
+    with torch.inference_mode():
+        outputs, final = recurrent_scan(x.bfloat16().to(DEVICE), cell)
+        expected, _ = recurrent_scan(x.bfloat16().float().to(DEVICE), cell)
+    assert final.dtype == torch.float32
+    assert torch.equal(outputs, expected.bfloat16())
+
+
+def test_the_switch(monkeypatch):
+    """It forces either path; what can't be forced is said."""
+    cell, x, _ = make("gru", time=3)
+    called = []
+    from peft_read.read import kernel_scan
+
+    original = kernel_scan.KernelScan.apply
+    monkeypatch.setattr(kernel_scan.KernelScan, "apply", lambda *args: called.append(1) or original(*args))
+    recurrent_scan(x.to(DEVICE), cell.to(DEVICE))
+    assert called == [1]
+    monkeypatch.setenv(SWITCH, "torch")
+    recurrent_scan(x.to(DEVICE), cell)
+    assert called == [1]
+    monkeypatch.delenv(SWITCH)
+    recurrent_scan(x, cell.cpu())
+    assert called == [1]
+    monkeypatch.setenv(SWITCH, "cuda")
+    with pytest.raises(ValueError, match=f"{SWITCH} must be auto, torch or triton, got 'cuda'"):
+        recurrent_scan(x, cell)
+    monkeypatch.setenv(SWITCH, "triton")
+    with pytest.raises(ValueError, match=r"float32, and this is in torch\.float64"):
+        recurrent_scan(x.double().to(DEVICE), cell.double().to(DEVICE))
+    with pytest.raises(ValueError, match="at most 128 states, and the recurrence has 129"):
+        recurrent_scan(torch.zeros(1, 2, 129, device=DEVICE), nn.RNN(129, 129, batch_first=True).to(DEVICE))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU, and the adapter is on cpu"):
+        recurrent_scan(x, cell.float().cpu())
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from peft_read.read.kernel import all_chunks, one_after_another
+
+POINTERS = {"start", "scales", "begun", "handed", "ended"}
+kind, target = sys.argv[1], GPUTarget("cuda", int(sys.argv[2]), 32)
+launches = ((all_chunks, {"is_first": True}), (all_chunks, {"is_first": False}), (one_after_another, {"block": 16}))
+for kernel, options in launches:
+    for backward in (False, True):
+        constants = {"kind": kind, "backward": backward, "keep": not backward, "length": 32, "padded": 32, **options}
+        signature = {}
+        for name in kernel.arg_names:
+            signature[name] = "constexpr" if name in constants else "*fp32" if name in POINTERS else "i32"
+        signature |= {"tensors": ("*fp32",) * 8, "tolerance": "fp32"}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        binary = triton.compile(source, target=target, options={"num_warps": 4})
+        assert len(binary.asm["cubin"]) > 1000
+"""
+
+
+@pytest.mark.parametrize(("kind", "capability"), [("rnn_tanh", 80), ("gru", 90), ("lstm", 100)])
+def test_the_kernels_compile_for_gpus(kind, capability, tmp_path):
+    """To machine code, which takes no GPU: the interpreter accepts more than the compiler."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    subprocess.run([sys.executable, script, kind, str(capability)], check=True, env=environment)
