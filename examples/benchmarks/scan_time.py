@@ -3,8 +3,10 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/scan_time.py
 
 Both run the same cell on the same input, torch's module and this package in turns, in one process and one thread; a
-ratio is the median over the rounds of torch's processor time over ours. The second table is ours with what padded
-batches bring, over ours without. Outputs are compared before anything is timed.
+ratio is the median over the rounds of torch's time over ours: processor time, on a GPU (`--device cuda`) time until
+it has finished. Outputs are compared before anything is timed. A second table is ours with what padded batches bring,
+over ours without; a third one is the whole layer of READ, 768 wide, over the bottleneck adapter without a recurrence.
+On a GPU, a time is also given as a multiple of what reading the input and writing the output once would take.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peft_read import recurrent_scan
+from peft_read import ReadConfig, recurrent_scan
+from peft_read.read.context import ForwardContext
+from peft_read.read.layer import ReadLayer
 
 
 LENGTHS, WIDTHS = (16, 64, 128, 512, 2048, 8192), (4, 8, 16, 32, 64)
@@ -44,18 +48,33 @@ def ratio(ours: Callable[[], Tensor], other: Callable[[], Tensor], backward: boo
 
 
 def seconds(run: Callable[[], Tensor], backward: bool, repeats: int) -> float:
-    """Processor time of one call."""
-    start = time.process_time()
+    """Time of one call."""
+    on_gpu = run().is_cuda
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = clock()
     for _ in range(repeats):
         with torch.set_grad_enabled(backward):
             outputs = run()
         if backward:
             outputs.sum().backward()
-    return (time.process_time() - start) / repeats
+    if on_gpu:
+        torch.cuda.synchronize()
+    return (clock() - start) / repeats
+
+
+def bandwidth(device: str) -> float:
+    """Bytes that a GPU moves in a second: a copy's, read and written."""
+    source = torch.empty(2**28, device=device)
+    target = torch.empty_like(source)
+    copies = [seconds(lambda: target.copy_(source), False, 10) for _ in range(5)]
+    return 2 * source.nbytes / statistics.median(copies)
 
 
 def compare_with_torch(args: argparse.Namespace) -> None:
     """Print a table for each cell."""
+    floor_of = bandwidth(args.device) if args.device == "cuda" else None
     for kind in args.cells:
         for backward in (False, True):
             print(
@@ -66,8 +85,8 @@ def compare_with_torch(args: argparse.Namespace) -> None:
             for width in args.widths:
                 cells = []
                 for length in args.lengths:
-                    cell = make_cell(kind, width)
-                    x = torch.randn(args.batch, length, width, requires_grad=True)
+                    cell = make_cell(kind, width).to(args.device)
+                    x = torch.randn(args.batch, length, width, device=args.device, requires_grad=True)
                     torch.testing.assert_close(recurrent_scan(x, cell)[0], cell(x)[0], rtol=1e-4, atol=1e-5)
                     ours, faster = ratio(
                         lambda x=x, cell=cell: recurrent_scan(x, cell)[0],
@@ -76,7 +95,36 @@ def compare_with_torch(args: argparse.Namespace) -> None:
                         args.rounds,
                     )
                     cells.append(f"{faster:.2f}x ({ours:.3g})")
+                    if floor_of is not None:
+                        floor = 1e3 * (2 + 2 * backward) * x.nbytes / floor_of
+                        cells[-1] += f", {ours / floor:.0f} times the traffic's"
                 print(f"| {width} | {' | '.join(cells)} |", flush=True)
+
+
+def compare_layers(args: argparse.Namespace) -> None:
+    """Print what the layer costs, over the same without a recurrence."""
+    print("\nThe layer, 768 wide, r = 32, over the bottleneck adapter's, forward and backward\n")
+    print(f"| cell | {' | '.join(f'L = {length}' for length in args.lengths)} |")
+    print("|---|" + "---|" * len(args.lengths))
+    for kind in args.cells:
+        cells = []
+        for length in args.lengths:
+            x = torch.randn(args.batch, length, 768, device=args.device, requires_grad=True)
+            plain, recurrent = (make_layer(name).to(args.device) for name in ("none", kind))
+            _, slower = ratio(
+                lambda x=x, layer=plain: layer(x), lambda x=x, layer=recurrent: layer(x), True, args.rounds
+            )
+            cells.append(f"{slower:.2f}")
+        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+
+
+def make_layer(cell: str) -> nn.Module:
+    """READ around a module that changes nothing."""
+    torch.manual_seed(0)
+    layer = ReadLayer(nn.Identity(), 768, ForwardContext(causal=True), "benchmark")
+    layer.update_layer("default", 32, ReadConfig(r=32, cell=cell))
+    layer.set_adapter("default")
+    return layer.requires_grad_()
 
 
 def compare_with_unmasked(args: argparse.Namespace) -> None:
@@ -88,16 +136,17 @@ def compare_with_unmasked(args: argparse.Namespace) -> None:
         for what in ("left padding", "holes", "initial state"):
             cells = []
             for length in args.lengths:
-                cell, x = make_cell(kind, 32), torch.randn(args.batch, length, 32, requires_grad=True)
+                cell, x = make_cell(kind, 32).to(args.device), torch.randn(args.batch, length, 32, device=args.device)
+                x.requires_grad_()
                 mask = torch.ones(args.batch, length, dtype=torch.bool)
                 if what == "left padding":
                     lengths = torch.linspace(length / 4, length, args.batch).long()
                     mask = torch.arange(length) >= length - lengths[:, None]
                 elif what == "holes":
                     mask = torch.rand(args.batch, length) > 0.2
-                given: dict[str, object] = {"mask": mask}
+                given: dict[str, object] = {"mask": mask.to(args.device)}
                 if what == "initial state":
-                    start = torch.randn(1, args.batch, 32)
+                    start = torch.randn(1, args.batch, 32, device=args.device)
                     given = {"state": (start, start) if kind == "lstm" else start}
                 _, slower = ratio(
                     lambda x=x, cell=cell: recurrent_scan(x, cell)[0],
@@ -116,12 +165,15 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="time steps")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="features and states")
     parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
     parser.add_argument("--rounds", type=int, default=5, help="turns that are timed")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"CPU, 1 thread, torch {torch.__version__}, batch {args.batch}")
+    hardware = "CPU, 1 thread" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{hardware}, torch {torch.__version__}, batch {args.batch}")
     compare_with_torch(args)
     compare_with_unmasked(args)
+    compare_layers(args)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python examples/benchmarks/step_time.py
 
 Both models have the blocks of a common base (BERT-base; a Llama of the same width), frozen, in float32 with random
-weights. All variants take turns step by step in one process; a ratio is the median over the rounds of the step's time
-over that of the plain bottleneck in the same round. Peak memory is that of a process of its own on CPU, what CUDA
-allocated at most on a GPU.
+weights; `--base Llama-1B --dtype bfloat16` is for GPUs. All variants take turns step by step in one process; a ratio
+is the median over the rounds of the step's time over that of the plain bottleneck in the same round. Peak memory is
+that of a process of its own on CPU, what CUDA allocated at most on a GPU.
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ BASES: dict[str, Callable[[int], nn.Module]] = {
             use_cache=False,
         )
     ),
+    "Llama-1B": lambda layers: LlamaModel(
+        LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_hidden_layers=layers,
+            vocab_size=30522,
+            use_cache=False,
+        )
+    ),
 }
 
 
@@ -56,20 +67,22 @@ class Step:
     def __init__(self, base: str, variant: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = BASES[base](args.layers)
+        model = BASES[base](args.layers).to(getattr(torch, args.dtype))
         make_config = VARIANTS[variant]
         self.model = model.requires_grad_(False) if make_config is None else get_peft_model(model, make_config(args.r))
-        self.head = nn.Linear(768, 2)
+        self.head = nn.Linear(model.config.hidden_size, 2)
         self.model.to(self.device).train()
         self.head.to(self.device)
         trained = [p for p in (*self.model.parameters(), *self.head.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-3)
+        if args.compile:
+            self.model.compile()
         self.ids = torch.randint(0, 30522, (args.batch, args.length), device=self.device)
 
     def __call__(self) -> float:
         """Run it once; the seconds that it took."""
         start = time.perf_counter()
-        loss = self.head(self.model(input_ids=self.ids).last_hidden_state).square().mean()
+        loss = self.head(self.model(input_ids=self.ids).last_hidden_state.float()).square().mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -95,11 +108,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="sequences in a batch")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the model")
     parser.add_argument("--r", type=int, default=16, help="width of the adapters")
+    parser.add_argument("--base", nargs="+", default=["BERT-base", "Llama"], choices=BASES, help="whose blocks")
+    parser.add_argument("--dtype", default="float32", help="of the base's weights, as torch calls it")
+    parser.add_argument("--compile", action="store_true", help="compile every variant's model")
     parser.add_argument("--rounds", type=int, default=7, help="steps of every variant that are timed")
     args = parser.parse_args()
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{hardware}, torch {torch.__version__}; {args.layers} blocks, batch {args.batch}, r = {args.r}")
-    for base in BASES:
+    for base in args.base:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             memory = {variant: pool.submit(peak_memory, base, variant, args).result() for variant in VARIANTS}
         steps = {variant: Step(base, variant, args) for variant in VARIANTS}
