@@ -92,7 +92,7 @@ def test_a_recurrence_that_forgets_takes_few_rounds(cell_cls, time, runs):
 def test_a_recurrence_that_never_forgets_falls_back(runs):
     """The worst case is the sequential scan after a bounded number of rounds, not one round per chunk."""
     x = torch.ones(2, 1024, 3, dtype=torch.float64)
-    cut = Chunks(x)
+    cut = Chunks(x, 4)
     steps, sums = cut.cut(x), cut.cut(torch.zeros_like(x))
 
     def add_up(total, rows, skipped):
@@ -110,10 +110,11 @@ def test_a_recurrence_that_never_forgets_falls_back(runs):
 def test_what_is_cut_is_joined_again(batch, time):
     """Short sequences stay whole; the last chunk may be partly empty, also for gradients."""
     x = torch.randn(batch, time, 2)
-    cut = Chunks(x)
+    cut = Chunks(x, 4)
     assert torch.equal(cut.join(cut.cut(x)), x)
     torch.testing.assert_close(cut.cut_gradient(x).sum((0, 1)), x.sum((0, 1)), rtol=0, atol=1e-3)
     assert (cut.count == 1) == (time < 4 * chunks.CHUNK)
+    assert Chunks(x, 8 * time).count == 1
 
 
 def test_gradients_are_central_differences():

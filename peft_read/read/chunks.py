@@ -30,15 +30,15 @@ class Chunks:
     """How `(batch, time, ...)` is cut into rows `(length, count * batch, ...)`, a chunk's rows next to each other.
 
     Args:
-        batch: sequences.
-        time: their steps. Short ones stay whole; the last chunk of the others may be partly empty.
-        of: a tensor to be cut.
+        of: what is to be cut. Short sequences stay whole; the last chunk of others may be partly empty.
+        width: of the states.
     """
 
-    def __init__(self, of: Tensor) -> None:
+    def __init__(self, of: Tensor, width: int) -> None:
         self.batch, self.time = batch, time = of.shape[0], of.shape[1]
         self.length = time
-        if time >= 4 * CHUNK:  # with fewer chunks the rounds take as many steps as there are
+        # With fewer chunks the rounds take as many steps as there are; wide states fill a processor by themselves.
+        if time >= CHUNK * max(4, width // 8):
             self.length = CHUNK
             while self.length < LONGEST_CHUNK and batch * time >= MANY_ROWS * self.length:
                 self.length *= 2

@@ -26,7 +26,7 @@ class VanillaScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
     ) -> Tensor:
-        chunks = ctx.chunks = Chunks(x)
+        chunks = ctx.chunks = Chunks(x, start.shape[1])
         if chunks.count == 1:
             outputs = torch.rnn_tanh(x, start[None], [w_in, w_hidden, b_in, b_hidden], *OPTIONS)[0]
             ctx.save_for_backward(x, outputs, start, w_in, w_hidden)
@@ -89,7 +89,7 @@ class GatedScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
     ) -> Tensor:
-        chunks = ctx.chunks = Chunks(x)
+        chunks = ctx.chunks = Chunks(x, start.shape[1])
         weights = (w_in, w_hidden, b_in, b_hidden)
         if chunks.count == 1:
             outputs = torch.gru(x, start[None], list(weights), *OPTIONS)[0]

@@ -92,7 +92,7 @@ def recurrent_scan(
     with without_autocast(x.device):
         outputs, finals = [], []
         for direction in range(directions):
-            weights = [weight.to(dtype) for weight in _weights(cell, direction)]
+            weights = [w if w.dtype == dtype else w.to(dtype) for w in _weights(cell, direction)]
             start = [part[direction].to(dtype) for part in initial] or _zero_state(cell, x, dtype)
             steps, valid = x.to(dtype), mask
             if direction == 1:
@@ -193,8 +193,8 @@ def _kind_of(cell: Cell) -> str:
 def _weights(cell: Cell, direction: int) -> list[Tensor]:
     """Input and recurrent matrix, and the two biases if there are any, of one direction."""
     suffix = "_l0_reverse" if direction == 1 else "_l0"
-    names = (name + suffix for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    return [getattr(cell, name) for name in names if hasattr(cell, name)]
+    weights = (getattr(cell, name + suffix, None) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    return [weight for weight in weights if weight is not None]
 
 
 def _with_stop_feature(weights: list[Tensor]) -> list[Tensor]:
