@@ -76,6 +76,7 @@ class Step:
         trained = [p for p in (*self.model.parameters(), *self.head.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-3)
         if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # the variants share their code
             self.model.compile()
         self.ids = torch.randint(0, 30522, (args.batch, args.length), device=self.device)
 

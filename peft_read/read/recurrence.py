@@ -70,6 +70,9 @@ def recurrent_scan(
     state). Runs in float32 (float64 for float64 input) whatever surrounds it, autocast included, and can be
     differentiated once, also while `cell` is in eval mode.
 
+    On CUDA, Triton kernels run it where triton is installed and the state has at most 128 numbers; the environment
+    variable `PEFT_READ_SCAN` forces them (`triton`) or torch's kernels (`torch`).
+
     Args:
         x: `(batch, time, features)`, the steps.
         cell: one-layer, batch-first `nn.RNN`, `nn.GRU` or `nn.LSTM`, of one or two directions.
@@ -82,7 +85,8 @@ def recurrent_scan(
 
     Raises:
         TypeError: if `cell` is no `nn.RNN`, `nn.GRU` or `nn.LSTM`, or `mask` isn't boolean.
-        ValueError: if `cell` has several layers, a projection, or isn't batch-first; if shapes don't fit each other.
+        ValueError: if `cell` has several layers, a projection, or isn't batch-first; if shapes don't fit each other;
+            if the environment variable forces what can't be.
     """
     kind = _kind_of(cell)
     _check_input(x, cell, mask)
