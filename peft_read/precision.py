@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def backward_without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of an autograd function in the dtypes of its arguments, wherever it's called."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
+        with without_autocast(grad.device):
+            return backward(ctx, grad, *grads)
+
+    return run
 
 
 def linear(x: Tensor, module: nn.Linear) -> Tensor:

@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from peft_read import recurrent_scan
-from peft_read.read.scan import SWITCH
+from peft_read.read import eager
+from peft_read.read.eager import SWITCH
 
 
 pytest.importorskip("triton")
-# Exponentials that overflow give gates that are shut.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+# Exponentials that overflow give gates that are shut; what isn't a number stays so.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CELLS = {"rnn": nn.RNN, "relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 WEIGHTS = {
@@ -146,6 +150,53 @@ def test_half_precision_input_keeps_a_float32_state():
     assert torch.equal(outputs, expected.bfloat16())
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_what_is_not_a_number_stays_so(name, kernel_scan, monkeypatch):
+    """From the step where it comes up to the last, through chunks whose guess knows nothing of it; and no further."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    cell, x, _ = make(name, time=30)
+    x[0, 5] = torch.nan
+    cell, x = cell.to(DEVICE), x.to(DEVICE).requires_grad_()
+    outputs, _ = recurrent_scan(x, cell)
+    assert outputs[0, 5:].isnan().all()
+    assert outputs[0, :5].isfinite().all()
+    assert outputs[1].isfinite().all()
+    grad = torch.ones_like(outputs)
+    grad[1, 20] = torch.nan
+    (grad,) = torch.autograd.grad(outputs, x, grad)
+    assert grad[1, :21].isnan().all()
+    assert grad[1, 21:].isfinite().all()
+
+
+def test_states_that_overflow(kernel_scan, monkeypatch):
+    """An unbounded recurrence may: then no guess is good enough."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    cell, x, _ = make("relu", batch=1, time=25)
+    with torch.no_grad():
+        cell.weight_hh_l0.copy_(1e4 * torch.eye(5))
+        expected, _ = cell(x.abs())
+        outputs, _ = recurrent_scan(x.abs().to(DEVICE), cell.to(DEVICE))
+    assert torch.equal(outputs.cpu().isinf(), expected.isinf())
+    assert expected.isinf().any()
+
+
+def test_a_gpu_on_which_they_fail_is_told(monkeypatch):
+    """torch's kernels run there, after one warning that says why."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    device = torch.device(DEVICE)
+    assert all(eager._passes_trial.__wrapped__(kind, device) for kind in eager.GATES)
+    by_kernel = eager._scan_by_kernel
+    monkeypatch.setattr(eager, "_scan_by_kernel", lambda *args: [1.1 * part for part in by_kernel(*args)])
+    with pytest.warns(UserWarning, match="don't run on a GPU .they give other results"):
+        assert not eager._passes_trial.__wrapped__("gru", device)
+    monkeypatch.setattr(eager, "_scan_by_kernel", lambda *args: 1 / 0)
+    with pytest.warns(UserWarning, match=f"ZeroDivisionError.*Set {SWITCH}=torch"):
+        assert not eager._passes_trial.__wrapped__("gru", device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not eager._passes_trial.__wrapped__("gru", device)
+
+
 def test_the_switch(monkeypatch):
     """It forces either path; what can't be forced is said."""
     cell, x, _ = make("gru", time=3)
@@ -207,7 +258,7 @@ gates = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[kind]
 for size, time in ((int(sys.argv[3]), 100), (1, 20)):
     x = torch.zeros(2, time, size, requires_grad=True)
     matrix, bias = torch.zeros(gates * size, size), torch.zeros(gates * size)
-    outputs, _ = kernel_scan.KernelScan.apply(kind, x, matrix, matrix, bias, bias, torch.zeros(2, 2, size))
+    outputs, _ = kernel_scan.KernelScan.apply(kind, True, x, matrix, matrix, bias, bias, torch.zeros(2, 2, size))
     outputs.sum().backward()
 assert len(binaries) == 2 * (4 + 1)
 assert min(map(len, binaries)) > 1000

@@ -175,6 +175,32 @@ def test_autocast_changes_nothing(cell_cls):
         assert torch.equal(recurrent_scan(x, cell)[0], expected)
 
 
+@pytest.mark.parametrize("time", [7, 200])
+@pytest.mark.parametrize("cell_cls", CELLS)
+def test_a_backward_pass_under_autocast(cell_cls, time):
+    """Who calls it there gets float32 gradients too, and the same ones twice."""
+    cell, x, _ = make(cell_cls, time=time, dtype=torch.float32)
+    outputs = recurrent_scan(x, cell)[0]
+    expected = torch.autograd.grad(outputs.sum(), [x, *cell.parameters()], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(outputs.sum(), [x, *cell.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("cell_cls", CELLS)
+def test_padding_may_hold_anything(cell_cls):
+    """What isn't a number there reaches neither outputs nor gradients."""
+    cell, x, state = make(cell_cls)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 1, 1, 1]], dtype=torch.bool)
+    padded = torch.where(mask[..., None], x, torch.nan).detach().requires_grad_()
+    outputs, final = recurrent_scan(padded, cell, mask=mask, state=state)
+    expected, expected_final = recurrent_scan(x, cell, mask=mask, state=state)
+    assert torch.equal(outputs, expected)
+    assert all(torch.equal(a, b) for a, b in zip(parts(final), parts(expected_final), strict=True))
+    grads = torch.autograd.grad(outputs.sum(), [padded, *cell.parameters()])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize("cell_cls", CELLS)
 def test_trains_in_eval_mode_and_runs_without_gradients(cell_cls):
     """Frozen bases are often in eval mode; inference mode needs no graph."""

@@ -43,7 +43,8 @@ class Chunks:
             while self.length < LONGEST_CHUNK and batch * time >= MANY_ROWS * self.length:
                 self.length *= 2
         self.count = -(-time // self.length)
-        self._source, self._place = _indices(batch, time, self.length, self.count, of.device)
+        indices = _indices if type(of) is Tensor else _indices.__wrapped__  # what tracers work with isn't to be kept
+        self._source, self._place = indices(batch, time, self.length, self.count, of.device)
 
     def cut(self, x: Tensor) -> Tensor:
         """`(batch, time, features)` to `(length, count * batch, features)`; empty steps repeat the last one."""

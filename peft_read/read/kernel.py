@@ -54,7 +54,7 @@ def _step(kind: tl.constexpr, keep: tl.constexpr, h, m, token, lanes, size, save
     if kind == "rnn_tanh":
         h = _tanh(a)
     elif kind == "rnn_relu":
-        h = tl.maximum(a, 0.0)
+        h = tl.where(a < 0.0, 0.0, a)  # keeps NaN
     else:
         a = tl.sigmoid(a)
         b = tl.sigmoid(_load(drive + size, inside) + _times(w1, h))
@@ -163,6 +163,16 @@ def _run(
 
 
 @triton.jit
+def _differs(handed, begun, tolerance, scale, axis: tl.constexpr):
+    """Whether states differ by more than a few roundings of the largest, or aren't finite: 1 or 0 for each element."""
+    allowed = tolerance * tl.maximum(tl.max(tl.abs(handed), axis=axis), scale)
+    allowed = tl.where(allowed < 1e30, allowed, 0.0)
+    if axis == 1:
+        allowed = allowed[:, None]
+    return tl.where(tl.abs(handed - begun) <= allowed, 0, 1)
+
+
+@triton.jit
 def _mend_chunk(
     kind: tl.constexpr, backward: tl.constexpr, keep: tl.constexpr, length: tl.constexpr, chunk, row, time, lanes,
     wide, size, tolerance, scale, begun, handed, ended, tensors,
@@ -171,7 +181,7 @@ def _mend_chunk(
     both = wide < 2 * size
     got = _load(handed + wide, both)
     had = _load(begun + wide, both)
-    if tl.max(tl.abs(got - had), axis=0) > tolerance * tl.maximum(tl.max(tl.abs(got), axis=0), scale):
+    if tl.max(_differs(got, had, tolerance, scale, 0), axis=0) > 0:
         tl.store(begun + wide, got, mask=both)
         inside = lanes < size
         h = _load(handed + lanes, inside)
@@ -183,7 +193,7 @@ def _mend_chunk(
         tl.store(ended + size + lanes, m, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "count"])
 def all_chunks(
     tensors, start, scales, begun, handed, ended, time, size, count, tolerance,
     kind: tl.constexpr, backward: tl.constexpr, keep: tl.constexpr, length: tl.constexpr, padded: tl.constexpr,
@@ -221,7 +231,7 @@ def all_chunks(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "count"])
 def one_after_another(
     tensors, scales, begun, ended, time, size, count, tolerance,
     kind: tl.constexpr, backward: tl.constexpr, keep: tl.constexpr, length: tl.constexpr, padded: tl.constexpr,
@@ -238,8 +248,7 @@ def one_after_another(
         present = (chunks < count)[:, None] & (wide < 2 * size)[None, :]
         got = _load(ended + places - 2 * size, present)
         had = _load(begun + places, present)
-        allowed = tolerance * tl.maximum(tl.max(tl.abs(got), axis=1), scale)
-        if tl.max(tl.max(tl.abs(got - had), axis=1) - allowed, axis=0) > 0.0:
+        if tl.max(tl.max(_differs(got, had, tolerance, scale, 1), axis=1), axis=0) > 0:
             for chunk in range(first, tl.minimum(first + block, count)):
                 place = (row * count + chunk) * 2 * size
                 _mend_chunk(

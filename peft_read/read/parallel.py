@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import backward_without_autocast
 from .chunks import Chunks
 
 
-OPTIONS = (True, 1, 0.0, False, False, True)  # of torch's kernels: biases, one layer, one direction, batch first
+OPTIONS = (
+    True,
+    1,
+    0.0,
+    False,
+    False,
+    True,
+)  # of torch's kernels: with biases, one layer, no dropout, not training, one direction, batch first
 
 
 class VanillaScan(torch.autograd.Function):
@@ -46,6 +54,7 @@ class VanillaScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, ends, start, w_in, w_hidden = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
@@ -120,6 +129,7 @@ class GatedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         w_in, w_hidden, b_in, b_hidden, x, ends, start, *found = ctx.saved_tensors
         chunks: Chunks = ctx.chunks

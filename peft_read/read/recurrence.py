@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import without_autocast
-from .scan import GATES, scan
+from .eager import GATES
+from .scan import scan
 
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -70,8 +71,10 @@ def recurrent_scan(
     state). Runs in float32 (float64 for float64 input) whatever surrounds it, autocast included, and can be
     differentiated once, also while `cell` is in eval mode.
 
-    On CUDA, Triton kernels run it where triton is installed and the state has at most 128 numbers; the environment
-    variable `PEFT_READ_SCAN` forces them (`triton`) or torch's kernels (`torch`).
+    States are those of running step by step up to a few roundings of a sequence's largest one, gradients likewise. On
+    CUDA, Triton kernels run it where triton is installed, in float32, with at most 128 states, on a GPU of compute
+    capability 8.0 or more. There a small scan is compared with torch's first: if it fails, a warning says so, and
+    torch's kernels run. The environment variable `PEFT_READ_SCAN` forces either, `triton` or `torch`.
 
     Args:
         x: `(batch, time, features)`, the steps.
@@ -119,12 +122,12 @@ def _masked_scan(
         return scan(kind, x, weights, start)
     # Valid steps move to the front of their row, so that the scan needs no mask, and their outputs move back.
     order = torch.argsort(mask.logical_not(), dim=1, stable=True)
-    compact = _steps(x, order)
+    padding = mask.logical_not().gather(1, order)[..., None]
+    compact = _steps(x, order).masked_fill_(padding, 0)  # where there may be anything, NaN too
     if kind == "lstm":
         # Its memory isn't among the outputs, so the padding at the end must leave it as it is: one more feature, set
         # there, shuts the input gate and opens the forget gate, both exactly.
-        ended = mask.logical_not().gather(1, order)[..., None].to(x.dtype)
-        compact, weights = torch.cat([compact, ended], dim=-1), _with_stop_feature(weights)
+        compact, weights = torch.cat([compact, padding.to(x.dtype)], dim=-1), _with_stop_feature(weights)
     outputs, *final = scan(kind, compact, weights, start)
     steps_so_far = mask.cumsum(dim=1)
     outputs = _steps(torch.cat([start[0][:, None], outputs], dim=1), steps_so_far)

@@ -1,27 +1,15 @@
-"""The scan of one recurrence, in one direction, where every step is valid.
-
-It runs parallel in time: on CUDA by a kernel of this package, on CPU (the vanilla and the gated recurrence) by torch's
-operations. Everything else goes through torch's own kernels. Compiled models see the whole scan as one operator.
-"""
+"""The scan of one recurrence, in one direction, where every step is valid; compiled models see it as one operator."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .parallel import GatedScan, VanillaScan
-
-
-GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-SWITCH = "PEFT_READ_SCAN"  # environment variable that forces what else is chosen by device, see `recurrent_scan`
-WIDEST_KERNEL = 128  # states, whose recurrent matrix fits into a program's registers
+from .eager import scan_eagerly
 
 
 def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
@@ -37,86 +25,13 @@ def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> li
     Returns:
         The outputs `(batch, time, hidden)` and then the final states, like `start`.
     """
-    if torch.compiler.is_compiling():
-        none = x.new_empty(0)
-        biases = weights[2:] or [none, none]
-        memory = start[1] if kind == "lstm" else none
-        outputs, *final = _scan_operator(kind, x, *weights[:2], *biases, start[0], memory)
-        return [outputs, *final[: len(start)]]
-    if x.shape[1] == 1:
-        return _step(kind, x[:, 0], weights, start)
-    if _runs_by_kernel(x, start[0].shape[1]):
-        return _scan_by_kernel(kind, x, weights, start)
-    if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
-        return _scan_in_parallel(kind, x, weights, start)
-    return _scan_by_torch(kind, x, weights, start)
-
-
-def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
-    """One step alone, as in decoding."""
-    cell = getattr(torch, f"{kind}_cell")
-    state = cell(x, start if kind == "lstm" else start[0], *weights)
-    states = list(state) if kind == "lstm" else [state]
-    return [states[0][:, None], *states]
-
-
-def _runs_by_kernel(x: Tensor, width: int) -> bool:
-    """Whether the Triton kernel is to be used.
-
-    Raises:
-        ValueError: if the switch has another value than `auto`, `torch` and `triton`, or forces the kernel upon what
-            it can't run.
-    """
-    choice = os.environ.get(SWITCH, "auto")
-    if choice not in ("auto", "torch", "triton"):
-        raise ValueError(f"The environment variable {SWITCH} must be auto, torch or triton, got {choice!r}.")
-    if choice == "torch":
-        return False
-    lacks = None
-    if not _has_triton():
-        lacks = "the package triton, which isn't installed"
-    elif not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        lacks = f"a GPU, and the adapter is on {x.device}"
-    elif x.dtype != torch.float32:
-        lacks = f"a computation in float32, and this is in {x.dtype}"
-    elif width > WIDEST_KERNEL:
-        lacks = f"at most {WIDEST_KERNEL} states, and the recurrence has {width}"
-    if choice == "triton" and lacks is not None:
-        raise ValueError(f"{SWITCH}=triton needs {lacks}. Unset it to let the device decide.")
-    return lacks is None and (x.is_cuda or choice == "triton")
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
-    from .kernel_scan import KernelScan  # triton isn't everywhere
-
-    memory = start[1] if kind == "lstm" else torch.zeros_like(start[0])
-    states, memory = KernelScan.apply(kind, x, *_with_biases(weights), torch.stack([start[0], memory], dim=1))
-    return [states, states[:, -1], memory][: len(start) + 1]
-
-
-def _scan_in_parallel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
-    function = GatedScan if kind == "gru" else VanillaScan
-    states = function.apply(x, *_with_biases(weights), start[0])
-    return [states, states[:, -1]]
-
-
-def _with_biases(weights: list[Tensor]) -> list[Tensor]:
-    rows = weights[1].shape[0]
-    return weights if len(weights) == 4 else [*weights, *weights[1].new_zeros(2, rows)]
-
-
-def _scan_by_torch(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
-    # `train=True` keeps what the backward pass needs: cuDNN refuses it for a cell in eval mode otherwise.
-    rest = (weights, len(weights) == 4, 1, 0.0, torch.is_grad_enabled(), False, True)
-    initial = [part[None].contiguous() for part in start]
-    kernel = getattr(torch, kind)
-    outputs, *final = kernel(x, initial if kind == "lstm" else initial[0], *rest)
-    return [outputs, *(part[0] for part in final)]
+    if not torch.compiler.is_compiling():
+        return scan_eagerly(kind, x, weights, start)
+    none = x.new_empty(0)
+    biases = weights[2:] or [none, none]
+    memory = start[1] if kind == "lstm" else none
+    outputs, *final = _scan_operator(kind, x, *weights[:2], *biases, start[0], memory)
+    return [outputs, *final[: len(start)]]
 
 
 # The operator takes and gives single tensors, empty where a recurrence has no such one: autograd sees no lists.
@@ -134,7 +49,7 @@ def _scan_operator(
     memory: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights, start = _as_lists(kind, w_in, w_hidden, b_in, b_hidden, hidden, memory)
-    outputs, *final = scan(kind, x, weights, start)
+    outputs, *final = scan_eagerly(kind, x, weights, start)
     hidden, memory = (state.clone(memory_format=torch.contiguous_format) for state in [*final, memory][:2])
     return outputs.contiguous(), hidden, memory
 
@@ -158,7 +73,7 @@ def _scan_backward_operator(kind: str, inputs: list[Tensor], grads: list[Tensor]
     # Runs the scan again: a compiled model then keeps its inputs alone.
     with _autograd_inside_an_operator(), torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        results = scan(kind, leaves[0], *_as_lists(kind, *leaves[1:]))
+        results = scan_eagerly(kind, leaves[0], *_as_lists(kind, *leaves[1:]))
         found = torch.autograd.grad(results, leaves, grads[: len(results)], allow_unused=True)
     # Laid out as the fake below says, whatever the kernels' own layout.
     return [

@@ -1,0 +1,141 @@
+"""The scan of one recurrence, in one direction, where every step is valid, by the fastest path that there is for it.
+
+It runs parallel in time: on CUDA by this package's Triton kernels, on CPU (the vanilla and the gated recurrence) by
+torch's operations. Everything else goes through torch's own kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .parallel import GatedScan, VanillaScan
+
+
+GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+SWITCH = "PEFT_READ_SCAN"  # environment variable that forces what else is chosen by device, see `recurrent_scan`
+WIDEST_KERNEL = 128  # states, whose recurrent matrix fits into a program's registers
+
+
+def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    """See `scan`."""
+    if x.shape[1] == 1:
+        return _step(kind, x[:, 0], weights, start)
+    if _runs_by_kernel(kind, x, start[0].shape[1]):
+        return _scan_by_kernel(kind, x, weights, start)
+    if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
+        return _scan_in_parallel(kind, x, weights, start)
+    return _scan_by_torch(kind, x, weights, start)
+
+
+def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    """One step alone, as in decoding."""
+    cell = getattr(torch, f"{kind}_cell")
+    state = cell(x, start if kind == "lstm" else start[0], *weights)
+    states = list(state) if kind == "lstm" else [state]
+    return [states[0][:, None], *states]
+
+
+def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
+    """Whether the Triton kernels are to be used.
+
+    Raises:
+        ValueError: if the switch has another value than `auto`, `torch` and `triton`, or forces the kernel upon what
+            it can't run.
+    """
+    choice = os.environ.get(SWITCH, "auto")
+    if choice not in ("auto", "torch", "triton"):
+        raise ValueError(f"The environment variable {SWITCH} must be auto, torch or triton, got {choice!r}.")
+    if choice == "torch":
+        return False
+    lacks = None
+    if not _has_triton():
+        lacks = "the package triton, which isn't installed"
+    elif not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        lacks = f"a GPU, and the adapter is on {x.device}"
+    elif x.dtype != torch.float32:
+        lacks = f"a computation in float32, and this is in {x.dtype}"
+    elif width > WIDEST_KERNEL:
+        lacks = f"at most {WIDEST_KERNEL} states, and the recurrence has {width}"
+    if choice == "triton":
+        if lacks is not None:
+            raise ValueError(f"{SWITCH}=triton needs {lacks}. Unset it to let the device decide.")
+        return True
+    return lacks is None and x.is_cuda and _passes_trial(kind, x.device)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _passes_trial(kind: str, device: torch.device) -> bool:
+    """Whether the kernels give on a GPU what torch's do; a warning says why not.
+
+    Triton needs a compiler beside it, and there are more GPUs than can be tested on.
+    """
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    rows, size = GATES[kind] * 8, 8
+    try:
+        results = []
+        with torch.inference_mode(False), torch.enable_grad():
+            for run, dtype in ((_scan_by_kernel, torch.float32), (_scan_by_torch, torch.float64)):
+                inputs, *weights = (
+                    torch.linspace(-1, 1, 2 * 100 * size + i, dtype=dtype, device=device)[i:].mul(40 + i).sin()
+                    for i in range(3)
+                )
+                x = inputs.view(2, 100, size).requires_grad_()
+                matrices = [weight[: rows * size].view(rows, size) / 2 for weight in weights]
+                start = [x.new_zeros(2, size)] * (2 if kind == "lstm" else 1)
+                outputs = run(kind, x, [*matrices, *x.new_ones(2, rows).detach()], start)[0]
+                results += [outputs.detach(), *torch.autograd.grad(outputs.square().sum(), x)]
+        problem = None
+        for ours, theirs in zip(results[:2], results[2:], strict=True):
+            if not torch.allclose(ours.double(), theirs, rtol=0, atol=1e-2 * float(theirs.abs().max())):
+                problem = "they give other results than torch's"
+    except Exception as error:  # whatever a compiler, driver or GPU comes up with
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        name = torch.cuda.get_device_name(device)
+        warnings.warn(
+            f"READ's Triton kernels don't run on {name} ({problem}). torch's own kernels run instead; they are slower. "
+            f"Set {SWITCH}=torch to choose them without this warning.",
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    from .kernel_scan import KernelScan  # triton isn't everywhere
+
+    memory = start[1] if kind == "lstm" else torch.zeros_like(start[0])
+    start_and_memory = torch.stack([start[0], memory], dim=1)
+    states, memory = KernelScan.apply(kind, torch.is_grad_enabled(), x, *_with_biases(weights), start_and_memory)
+    return [states, states[:, -1], memory][: len(start) + 1]
+
+
+def _scan_in_parallel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    function = GatedScan if kind == "gru" else VanillaScan
+    states = function.apply(x, *_with_biases(weights), start[0])
+    return [states, states[:, -1]]
+
+
+def _with_biases(weights: list[Tensor]) -> list[Tensor]:
+    rows = weights[1].shape[0]
+    return weights if len(weights) == 4 else [*weights, *weights[1].new_zeros(2, rows)]
+
+
+def _scan_by_torch(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    # `train=True` keeps what the backward pass needs: cuDNN refuses it for a cell in eval mode otherwise.
+    rest = (weights, len(weights) == 4, 1, 0.0, torch.is_grad_enabled(), False, True)
+    initial = [part[None].contiguous() for part in start]
+    kernel = getattr(torch, kind)
+    outputs, *final = kernel(x, initial if kind == "lstm" else initial[0], *rest)
+    return [outputs, *(part[0] for part in final)]
