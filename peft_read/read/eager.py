@@ -105,7 +105,7 @@ def _passes_trial(kind: str, device: torch.device) -> bool:
     if problem is not None:
         name = torch.cuda.get_device_name(device)
         warnings.warn(
-            f"READ's Triton kernels don't run on {name} ({problem}). torch's own kernels run instead; they are slower. "
+            f"READ's Triton kernels don't run on {name} ({problem}). torch's own kernels run instead, slower ones. "
             f"Set {SWITCH}=torch to choose them without this warning.",
             stacklevel=2,
         )
