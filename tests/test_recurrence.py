@@ -213,6 +213,18 @@ def test_trains_in_eval_mode_and_runs_without_gradients(cell_cls):
     assert torch.allclose(outputs, cell(x)[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("time", [7, 200])
+@pytest.mark.parametrize("cell_cls", [nn.RNN, nn.GRU])
+def test_the_bits_do_not_depend_on_what_is_trained(cell_cls, time):
+    """A saved adapter, loaded for inference, gives exactly what it gave when it was trained."""
+    cell, x, _ = make(cell_cls, time=time, dtype=torch.float32)
+    trained = recurrent_scan(x, cell)[0]
+    with torch.no_grad():
+        assert torch.equal(recurrent_scan(x, cell)[0], trained)
+    cell.requires_grad_(False)
+    assert torch.equal(recurrent_scan(x.detach(), cell)[0], trained)
+
+
 def test_a_second_derivative_is_refused():
     """The written-out backward passes can't be differentiated again; silence would be a wrong number."""
     cell, x, _ = make(nn.GRU)

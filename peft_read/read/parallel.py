@@ -6,6 +6,7 @@ pass begins with the states alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,16 +18,6 @@ from ..precision import backward_without_autocast
 from .chunks import Chunks
 
 
-OPTIONS = (
-    True,
-    1,
-    0.0,
-    False,
-    False,
-    True,
-)  # of torch's kernels: with biases, one layer, no dropout, not training, one direction, batch first
-
-
 class VanillaScan(torch.autograd.Function):
     """h_t = tanh(W_in x_t + b_in + W h_(t-1) + b): `(batch, time, features)` -> states `(batch, time, hidden)`."""
 
@@ -36,7 +27,7 @@ class VanillaScan(torch.autograd.Function):
     ) -> Tensor:
         chunks = ctx.chunks = Chunks(x, start.shape[1])
         if chunks.count == 1:
-            outputs = torch.rnn_tanh(x, start[None], [w_in, w_hidden, b_in, b_hidden], *OPTIONS)[0]
+            outputs = _by_torch(torch.rnn_tanh, x, start, w_in, w_hidden, b_in, b_hidden)
             ctx.save_for_backward(x, outputs, start, w_in, w_hidden)
             return outputs
         drives = chunks.cut(F.linear(x, w_in, b_in + b_hidden))
@@ -101,7 +92,7 @@ class GatedScan(torch.autograd.Function):
         chunks = ctx.chunks = Chunks(x, start.shape[1])
         weights = (w_in, w_hidden, b_in, b_hidden)
         if chunks.count == 1:
-            outputs = torch.gru(x, start[None], list(weights), *OPTIONS)[0]
+            outputs = _by_torch(torch.gru, x, start, *weights)
             ctx.save_for_backward(*weights, x, outputs, start)
             return outputs
         size = start.shape[1]
@@ -177,6 +168,13 @@ class GatedScan(torch.autograd.Function):
             grad_b_hidden,
             carries[: chunks.batch],
         )
+
+
+def _by_torch(kernel: Callable[..., tuple[Tensor, Tensor]], x: Tensor, start: Tensor, *weights: Tensor) -> Tensor:
+    """The states, by torch's loop; without gradients, for which it rounds otherwise than for trained weights."""
+    weights = tuple(weight.detach() for weight in weights)
+    biases, layers, dropout, training, directions, batch_first = True, 1, 0.0, False, False, True
+    return kernel(x, start[None], weights, biases, layers, dropout, training, directions, batch_first)[0]
 
 
 def _drives(x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor) -> tuple[Tensor, Tensor]:
