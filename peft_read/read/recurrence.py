@@ -122,22 +122,25 @@ def _masked_scan(
         return scan(kind, x, weights, start)
     # Valid steps move to the front of their row, so that the scan needs no mask, and their outputs move back.
     order = torch.argsort(mask.logical_not(), dim=1, stable=True)
-    padding = mask.logical_not().gather(1, order)[..., None]
-    compact = _steps(x, order).masked_fill_(padding, 0)  # where there may be anything, NaN too
+    padding = mask.logical_not().gather(1, order)
+    # Padding may hold anything, NaN too, of which gradients of zero would make NaN: a valid step stands in for it.
+    flat = torch.where(padding, mask.flatten().to(torch.uint8).argmax(), _flat_index(order, x))
+    compact = x.flatten(0, 1).index_select(0, flat.flatten()).view_as(x)
     if kind == "lstm":
         # Its memory isn't among the outputs, so the padding at the end must leave it as it is: one more feature, set
         # there, shuts the input gate and opens the forget gate, both exactly.
-        compact, weights = torch.cat([compact, padding.to(x.dtype)], dim=-1), _with_stop_feature(weights)
+        compact, weights = torch.cat([compact, padding[..., None].to(x.dtype)], dim=-1), _with_stop_feature(weights)
     outputs, *final = scan(kind, compact, weights, start)
     steps_so_far = mask.cumsum(dim=1)
-    outputs = _steps(torch.cat([start[0][:, None], outputs], dim=1), steps_so_far)
+    states = torch.cat([start[0][:, None], outputs], dim=1)
+    # Whole rows, which `gather` would move number by number.
+    outputs = states.flatten(0, 1).index_select(0, _flat_index(steps_so_far, states).flatten()).view_as(outputs)
     return [outputs, outputs[:, -1], *final[1:]]
 
 
-def _steps(x: Tensor, chosen: Tensor) -> Tensor:
-    """Of `x (batch, time, features)` the steps `chosen (batch, steps)`, faster than `gather`, which sees no rows."""
-    first = x.shape[1] * torch.arange(len(x), device=x.device)
-    return x.flatten(0, 1).index_select(0, (chosen + first[:, None]).flatten()).view(*chosen.shape, x.shape[-1])
+def _flat_index(steps: Tensor, of: Tensor) -> Tensor:
+    """Where the `steps (batch, time)` of `of` are once its first two dimensions are one."""
+    return steps + of.shape[1] * torch.arange(len(of), device=of.device)[:, None]
 
 
 def packed_states(
