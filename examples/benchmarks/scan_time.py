@@ -48,7 +48,7 @@ def ratio(ours: Callable[[], Tensor], other: Callable[[], Tensor], backward: boo
 
 
 def seconds(run: Callable[[], Tensor], backward: bool, repeats: int) -> float:
-    """Time of one call."""
+    """Time of one call, after one that warms up."""
     on_gpu = run().is_cuda
     clock = time.perf_counter if on_gpu else time.process_time
     if on_gpu:

@@ -37,28 +37,16 @@ VARIANTS: dict[str, Callable[[int], PeftConfig] | None] = {
 }
 BASES: dict[str, Callable[[int], nn.Module]] = {
     "BERT-base": lambda layers: BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False),
-    "Llama": lambda layers: LlamaModel(
-        LlamaConfig(
-            hidden_size=768,
-            intermediate_size=2048,
-            num_attention_heads=12,
-            num_hidden_layers=layers,
-            vocab_size=30522,
-            use_cache=False,
-        )
-    ),
-    "Llama-1B": lambda layers: LlamaModel(
-        LlamaConfig(
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            num_hidden_layers=layers,
-            vocab_size=30522,
-            use_cache=False,
-        )
+    "Llama": lambda layers: make_llama(layers, hidden_size=768, intermediate_size=2048, num_attention_heads=12),
+    "Llama-1B": lambda layers: make_llama(
+        layers, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8
     ),
 }
+
+
+def make_llama(layers: int, **shape: int) -> nn.Module:
+    """A Llama of BERT's vocabulary."""
+    return LlamaModel(LlamaConfig(num_hidden_layers=layers, vocab_size=30522, use_cache=False, **shape))
 
 
 class Step:
