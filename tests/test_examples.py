@@ -12,6 +12,7 @@ import pytest
 import torch
 from common.annotations import decode_clips
 from common.embedded import digit_images
+from common.saved import check_saved_adapter
 from devices import free_port
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 from video_grounding import ordered_digits
@@ -303,3 +304,12 @@ def test_a_wrong_method_is_refused_at_once(tmp_path):
         assert done.returncode != 0
         assert message in done.stderr
         assert not (tmp_path / "cache").exists()
+
+
+def test_a_saved_adapter_that_gives_something_else_is_found(tmp_path):
+    """Loaded again in a new process, where another result ends the example."""
+    script = tmp_path / "evaluate.py"
+    script.write_text("print('loading'); print('{\"test_mAP\": 90.0}')", encoding="utf-8")
+    assert check_saved_adapter(str(script), tmp_path, [], {"test_mAP": 90.001}) == {"test_mAP": 90.0}
+    with pytest.raises(SystemExit, match=r"The loaded adapter gives .*90\.0.*, the trained one gave .*91\.0"):
+        check_saved_adapter(str(script), tmp_path, [], {"test_mAP": 91.0})

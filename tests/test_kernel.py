@@ -173,11 +173,12 @@ def test_states_that_overflow(kernel_scan, monkeypatch):
     monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
     cell, x, _ = make("relu", batch=1, time=25)
     with torch.no_grad():
-        cell.weight_hh_l0.copy_(1e4 * torch.eye(5))
+        cell.weight_hh_l0.fill_(1e4)
+        cell.weight_ih_l0.abs_()  # nothing negative: infinities stay, where a difference of two isn't a number
         expected, _ = cell(x.abs())
         outputs, _ = recurrent_scan(x.abs().to(DEVICE), cell.to(DEVICE))
     assert torch.equal(outputs.cpu().isinf(), expected.isinf())
-    assert expected.isinf().any()
+    assert expected[:, 12:].isinf().all()
 
 
 def test_a_gpu_on_which_they_fail_is_told(monkeypatch):
