@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+_NOTHING = nullcontext()
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations on `device` keep the dtypes of their arguments."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)
 
 

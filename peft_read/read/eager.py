@@ -26,7 +26,7 @@ def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor
     """See `scan`."""
     if x.shape[1] == 1:
         return _step(kind, x[:, 0], weights, start)
-    if _runs_by_kernel(kind, x, start[0].shape[1]):
+    if _runs_by_kernel(kind, x, start[0].shape[2]):
         return _scan_by_kernel(kind, x, weights, start)
     if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
         return _scan_in_parallel(kind, x, weights, start)
@@ -36,9 +36,10 @@ def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor
 def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
     """One step alone, as in decoding."""
     cell = getattr(torch, f"{kind}_cell")
-    state = cell(x, start if kind == "lstm" else start[0], *weights)
+    states = [part[0] for part in start]
+    state = cell(x, states if kind == "lstm" else states[0], *weights)
     states = list(state) if kind == "lstm" else [state]
-    return [states[0][:, None], *states]
+    return [states[0][:, None], *(part[None] for part in states)]
 
 
 def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
@@ -48,10 +49,10 @@ def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
         ValueError: if the switch has another value than `auto`, `torch` and `triton`, or forces the kernel upon what
             it can't run.
     """
-    choice = os.environ.get(SWITCH, "auto")
+    choice = os.environ[SWITCH] if SWITCH in os.environ else "auto"  # `get` would raise and catch an error each time
     if choice not in ("auto", "torch", "triton"):
         raise ValueError(f"The environment variable {SWITCH} must be auto, torch or triton, got {choice!r}.")
-    if choice == "torch":
+    if choice == "torch" or (choice == "auto" and not x.is_cuda):
         return False
     lacks = None
     if not _has_triton():
@@ -66,7 +67,7 @@ def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
         if lacks is not None:
             raise ValueError(f"{SWITCH}=triton needs {lacks}. Unset it to let the device decide.")
         return True
-    return lacks is None and x.is_cuda and _passes_trial(kind, x.device)
+    return lacks is None and _passes_trial(kind, x.device)
 
 
 @cache
@@ -93,7 +94,7 @@ def _passes_trial(kind: str, device: torch.device) -> bool:
                 )
                 x = inputs.view(2, 100, size).requires_grad_()
                 matrices = [weight[: rows * size].view(rows, size) / 2 for weight in weights]
-                start = [x.new_zeros(2, size)] * (2 if kind == "lstm" else 1)
+                start = [x.new_zeros(1, 2, size)] * (2 if kind == "lstm" else 1)
                 outputs = run(kind, x, [*matrices, *x.new_ones(2, rows).detach()], start)[0]
                 results += [outputs.detach(), *torch.autograd.grad(outputs.square().sum(), x)]
         problem = None
@@ -116,15 +117,15 @@ def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Ten
     from .kernel_scan import KernelScan  # triton isn't everywhere
 
     memory = start[1] if kind == "lstm" else torch.zeros_like(start[0])
-    start_and_memory = torch.stack([start[0], memory], dim=1)
+    start_and_memory = torch.cat([start[0], memory]).transpose(0, 1)
     states, memory = KernelScan.apply(kind, torch.is_grad_enabled(), x, *_with_biases(weights), start_and_memory)
-    return [states, states[:, -1], memory][: len(start) + 1]
+    return [states, states[None, :, -1], memory[None]][: len(start) + 1]
 
 
 def _scan_in_parallel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
     function = GatedScan if kind == "gru" else VanillaScan
     states = function.apply(x, *_with_biases(weights), start[0])
-    return [states, states[:, -1]]
+    return [states, states[None, :, -1]]
 
 
 def _with_biases(weights: list[Tensor]) -> list[Tensor]:
@@ -135,7 +136,6 @@ def _with_biases(weights: list[Tensor]) -> list[Tensor]:
 def _scan_by_torch(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
     # `train=True` keeps what the backward pass needs: cuDNN refuses it for a cell in eval mode otherwise.
     rest = (weights, len(weights) == 4, 1, 0.0, torch.is_grad_enabled(), False, True)
-    initial = [part[None].contiguous() for part in start]
+    initial = [part.contiguous() for part in start]
     kernel = getattr(torch, kind)
-    outputs, *final = kernel(x, initial if kind == "lstm" else initial[0], *rest)
-    return [outputs, *(part[0] for part in final)]
+    return list(kernel(x, initial if kind == "lstm" else initial[0], *rest))

@@ -25,7 +25,7 @@ class VanillaScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
     ) -> Tensor:
-        chunks = ctx.chunks = Chunks(x, start.shape[1])
+        chunks = ctx.chunks = Chunks(x, start.shape[2])
         if chunks.count == 1:
             outputs = _by_torch(torch.rnn_tanh, x, start, w_in, w_hidden, b_in, b_hidden)
             ctx.save_for_backward(x, outputs, start, w_in, w_hidden)
@@ -39,7 +39,7 @@ class VanillaScan(torch.autograd.Function):
                 hidden = torch.addmm(drive, hidden, transposed, out=state).tanh_()
             return hidden
 
-        ends[0], _ = chunks.settle(run, start)
+        ends[0], _ = chunks.settle(run, start[0])
         ctx.save_for_backward(x, ends, start, w_in, w_hidden)
         return chunks.join(states)
 
@@ -50,7 +50,7 @@ class VanillaScan(torch.autograd.Function):
         x, ends, start, w_in, w_hidden = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
         if chunks.count == 1:
-            ends = torch.cat([start[None], ends.transpose(0, 1)])
+            ends = torch.cat([start, ends.transpose(0, 1)])
         grads, states = chunks.cut_gradient(grad), ends[1:]
         deltas = torch.empty_like(grads)
 
@@ -64,7 +64,7 @@ class VanillaScan(torch.autograd.Function):
                 carry = delta @ w_hidden
             return carry
 
-        _, carries = chunks.settle(run, torch.zeros_like(start), backwards=True)
+        _, carries = chunks.settle(run, torch.zeros_like(start[0]), backwards=True)
         grad_w_hidden = deltas.flatten(0, 1).t() @ ends[:-1].flatten(0, 1)
         grad_inputs = chunks.join(deltas, out=grads)
         rows = grad_inputs.flatten(0, 1)
@@ -75,7 +75,7 @@ class VanillaScan(torch.autograd.Function):
             grad_w_hidden,
             grad_bias,
             grad_bias,
-            carries[: chunks.batch],
+            carries[None, : chunks.batch],
         )
 
 
@@ -89,13 +89,13 @@ class GatedScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
     ) -> Tensor:
-        chunks = ctx.chunks = Chunks(x, start.shape[1])
+        chunks = ctx.chunks = Chunks(x, start.shape[2])
         weights = (w_in, w_hidden, b_in, b_hidden)
         if chunks.count == 1:
             outputs = _by_torch(torch.gru, x, start, *weights)
             ctx.save_for_backward(*weights, x, outputs, start)
             return outputs
-        size = start.shape[1]
+        size = start.shape[2]
         drives, drives_new = (chunks.cut(drive) for drive in _drives(x, *weights))
         to_gates, to_new = w_hidden.t().split([2 * size, size], dim=1)
         gates, inner, news = torch.empty_like(drives), torch.empty_like(drives_new), torch.empty_like(drives_new)
@@ -114,7 +114,7 @@ class GatedScan(torch.autograd.Function):
                 hidden = torch.lerp(new, hidden, update, out=state)
             return hidden
 
-        ends[0], _ = chunks.settle(run, start)
+        ends[0], _ = chunks.settle(run, start[0])
         ctx.save_for_backward(*weights, x, ends, start, gates, inner, news)
         return chunks.join(ends[1:])
 
@@ -124,9 +124,9 @@ class GatedScan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         w_in, w_hidden, b_in, b_hidden, x, ends, start, *found = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
-        size = start.shape[1]
+        size = start.shape[2]
         if chunks.count == 1:
-            ends = torch.cat([start[None], ends.transpose(0, 1)])
+            ends = torch.cat([start, ends.transpose(0, 1)])
             found = _gates(x.transpose(0, 1), ends[:-1], w_in, w_hidden, b_in, b_hidden)
         gates, inner, news = found
         before, (resets, updates) = ends[:-1], gates.chunk(2, dim=-1)
@@ -154,7 +154,7 @@ class GatedScan(torch.autograd.Function):
                 carry = torch.addmm(hidden_grad * update, row, w_hidden)
             return carry
 
-        _, carries = chunks.settle(run, torch.zeros_like(start), backwards=True)
+        _, carries = chunks.settle(run, torch.zeros_like(start[0]), backwards=True)
         rows = flat.flatten(0, 1)
         grad_w_hidden, grad_b_hidden = rows.t() @ before.flatten(0, 1), rows.sum(0)
         torch.mul(hidden_grads, to_new, out=deltas[:, :, 2])  # the new gate's input isn't multiplied by the reset gate
@@ -166,7 +166,7 @@ class GatedScan(torch.autograd.Function):
             grad_w_hidden,
             rows.sum(0),
             grad_b_hidden,
-            carries[: chunks.batch],
+            carries[None, : chunks.batch],
         )
 
 
@@ -174,7 +174,7 @@ def _by_torch(kernel: Callable[..., tuple[Tensor, Tensor]], x: Tensor, start: Te
     """The states, by torch's loop; without gradients, for which it rounds otherwise than for trained weights."""
     weights = tuple(weight.detach() for weight in weights)
     biases, layers, dropout, training, directions, batch_first = True, 1, 0.0, False, False, True
-    return kernel(x, start[None], weights, biases, layers, dropout, training, directions, batch_first)[0]
+    return kernel(x, start, weights, biases, layers, dropout, training, directions, batch_first)[0]
 
 
 def _drives(x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor) -> tuple[Tensor, Tensor]:

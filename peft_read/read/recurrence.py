@@ -20,6 +20,11 @@ from .scan import scan
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 Cell: TypeAlias = "nn.RNN | nn.GRU | nn.LSTM | Recurrence"
 
+# Input and recurrent matrix and their biases, for each direction.
+WEIGHTS = [
+    [name + suffix for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")] for suffix in ("_l0", "_l0_reverse")
+]
+
 
 class Recurrence(nn.Module):
     """A one-layer, batch-first recurrent cell whose call is `recurrent_scan`.
@@ -39,14 +44,10 @@ class Recurrence(nn.Module):
         self.input_size = self.hidden_size = size
         self.bidirectional = bidirectional
         rows, bound = GATES[self.kind] * size, 1 / math.sqrt(size)
-        for suffix in ("_l0", "_l0_reverse")[: 1 + bidirectional]:
-            for name, shape in (
-                ("weight_ih", (rows, size)),
-                ("weight_hh", (rows, size)),
-                ("bias_ih", (rows,)),
-                ("bias_hh", (rows,)),
-            ):
-                self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+        shapes = [(rows, size), (rows, size), (rows,), (rows,)]
+        for names in WEIGHTS[: 1 + bidirectional]:
+            for name, shape in zip(names, shapes, strict=True):
+                self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
 
     @property
     def weight(self) -> Tensor:
@@ -93,25 +94,21 @@ def recurrent_scan(
     """
     kind = _kind_of(cell)
     _check_input(x, cell, mask)
-    directions = 2 if cell.bidirectional else 1
     dtype = torch.promote_types(x.dtype, torch.float32)
-    initial = _check_state(state, cell, directions, len(x))
+    directions = 2 if cell.bidirectional else 1
+    initial = _check_state(state, kind, (directions, len(x), cell.hidden_size), x, dtype)
     with without_autocast(x.device):
-        outputs, finals = [], []
-        for direction in range(directions):
-            weights = [w if w.dtype == dtype else w.to(dtype) for w in _weights(cell, direction)]
-            start = [part[direction].to(dtype) for part in initial] or _zero_state(cell, x, dtype)
-            steps, valid = x.to(dtype), mask
-            if direction == 1:
-                steps, valid = steps.flip(1), None if valid is None else valid.flip(1)
-            output, *final = _masked_scan(kind, steps, valid, weights, start)
-            outputs.append(output.flip(1) if direction == 1 else output)
-            finals.append(final)
-    if directions == 1:
-        parts, joined = [part[None] for part in finals[0]], outputs[0]
-    else:
-        parts, joined = [torch.stack(part) for part in zip(*finals, strict=True)], torch.cat(outputs, dim=-1)
-    return joined.to(x.dtype), (parts[0], parts[1]) if kind == "lstm" else parts[0]
+        steps = x.to(dtype)
+        if directions == 1:
+            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), initial)
+        else:
+            ahead, back = ([part[i : i + 1] for part in initial] for i in range(2))
+            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), ahead)
+            flipped = None if mask is None else mask.flip(1)
+            others, *ends = _masked_scan(kind, steps.flip(1), flipped, _weights(cell, 1, dtype), back)
+            outputs = torch.cat([outputs, others.flip(1)], dim=-1)
+            final = [torch.cat(parts) for parts in zip(final, ends, strict=True)]
+    return outputs.to(x.dtype), (final[0], final[1]) if kind == "lstm" else final[0]
 
 
 def _masked_scan(
@@ -132,10 +129,10 @@ def _masked_scan(
         compact, weights = torch.cat([compact, padding[..., None].to(x.dtype)], dim=-1), _with_stop_feature(weights)
     outputs, *final = scan(kind, compact, weights, start)
     steps_so_far = mask.cumsum(dim=1)
-    states = torch.cat([start[0][:, None], outputs], dim=1)
+    states = torch.cat([start[0].transpose(0, 1), outputs], dim=1)
     # Whole rows, which `gather` would move number by number.
     outputs = states.flatten(0, 1).index_select(0, _flat_index(steps_so_far, states).flatten()).view_as(outputs)
-    return [outputs, outputs[:, -1], *final[1:]]
+    return [outputs, outputs[None, :, -1], *final[1:]]
 
 
 def _flat_index(steps: Tensor, of: Tensor) -> Tensor:
@@ -164,7 +161,7 @@ def packed_states(
     hidden, memory = (part[0] for part in state) if state is not None else outputs.new_zeros(2, batch, size)
     with without_autocast(x.device):
         before = torch.cat([hidden[:, None], outputs[:, :-1]], dim=1)
-        w_in, w_hidden, *biases = (weight.to(outputs.dtype) for weight in _weights(cell, 0))
+        w_in, w_hidden, *biases = _weights(cell, 0, outputs.dtype)
         gates = F.linear(x, w_in, biases[0] if biases else None)
         gates = gates + F.linear(before, w_hidden, biases[1] if biases else None)
         enter, keep, new, _ = gates.chunk(4, dim=-1)
@@ -200,11 +197,11 @@ def _kind_of(cell: Cell) -> str:
     return f"rnn_{cell.nonlinearity}" if isinstance(cell, nn.RNN) else cell.mode.lower()
 
 
-def _weights(cell: Cell, direction: int) -> list[Tensor]:
+def _weights(cell: Cell, direction: int, dtype: torch.dtype) -> list[Tensor]:
     """Input and recurrent matrix, and the two biases if there are any, of one direction."""
-    suffix = "_l0_reverse" if direction == 1 else "_l0"
-    weights = (getattr(cell, name + suffix, None) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-    return [weight for weight in weights if weight is not None]
+    has_bias = isinstance(cell, Recurrence) or cell.bias
+    weights = [getattr(cell, name) for name in WEIGHTS[direction][: 4 if has_bias else 2]]
+    return [weight if weight.dtype == dtype else weight.to(dtype) for weight in weights]
 
 
 def _with_stop_feature(weights: list[Tensor]) -> list[Tensor]:
@@ -213,11 +210,6 @@ def _with_stop_feature(weights: list[Tensor]) -> list[Tensor]:
     size = w_in.shape[0] // 4
     stop = torch.cat([w_in.new_full((size, 1), -1e4), w_in.new_full((size, 1), 1e4), w_in.new_zeros(2 * size, 1)])
     return [torch.cat([w_in, stop], dim=1), *weights[1:]]
-
-
-def _zero_state(cell: Cell, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    zero = x.new_zeros(x.shape[0], cell.hidden_size, dtype=dtype)
-    return [zero, zero.clone()] if _kind_of(cell) == "lstm" else [zero]
 
 
 def _check_input(x: Tensor, cell: Cell, mask: Tensor | None) -> None:
@@ -233,15 +225,17 @@ def _check_input(x: Tensor, cell: Cell, mask: Tensor | None) -> None:
         raise ValueError(f"`mask` must be (batch, time) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}.")
 
 
-def _check_state(state: State | None, cell: Cell, directions: int, batch: int) -> tuple[Tensor, ...]:
+def _check_state(
+    state: State | None, kind: str, shape: tuple[int, int, int], x: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The initial states, `(directions, batch, hidden)` each; an LSTM has its memory as a second."""
+    count = 2 if kind == "lstm" else 1
     if state is None:
-        return ()
+        return [x.new_zeros(shape, dtype=dtype)] * count
     parts = state if isinstance(state, tuple) else (state,)
-    expected = (directions, batch, cell.hidden_size)
-    count = 2 if _kind_of(cell) == "lstm" else 1
-    if len(parts) != count or any(tuple(part.shape) != expected for part in parts):
+    if len(parts) != count or any(tuple(part.shape) != shape for part in parts):
         raise ValueError(
-            f"`state` of this {type(cell).__name__} must be {count} tensor(s) of shape {expected}, got "
+            f"`state` of a recurrence of kind {kind} must be {count} tensor(s) of shape {shape}, got "
             f"{[tuple(part.shape) for part in parts]}."
         )
-    return parts
+    return [part.to(dtype) for part in parts]

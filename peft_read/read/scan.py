@@ -20,7 +20,7 @@ def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> li
         x: `(batch, time, features)`.
         weights: input matrix `(gates * hidden, features)`, recurrent matrix `(gates * hidden, hidden)`, and the two
             biases `(gates * hidden,)` or none.
-        start: the initial states, `(batch, hidden)` each: one, for an LSTM its memory as a second.
+        start: the initial states, `(1, batch, hidden)` each: one, for an LSTM its memory as a second.
 
     Returns:
         The outputs `(batch, time, hidden)` and then the final states, like `start`.
