@@ -139,7 +139,7 @@ def test_recurrence_over_frames(cell, bidirectional):
         for position in range(5):
             rows = slice(video * frames, (video + 1) * frames)
             steps = layer.read_downward["default"](hidden[rows, position])
-            states = layer.read_recurrence["default"](steps[None])[0][0]
+            states = layer.read_recurrence["default"](steps[None])[0]
             delta = layer.read_upward["default"](nn.functional.gelu(states))
             expected[rows, position] = hidden[rows, position] + delta
     torch.testing.assert_close(layer(x), expected, **CLOSE)

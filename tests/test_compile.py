@@ -37,7 +37,8 @@ def test_an_encoder_is_one_graph(cell, padding):
     results = []
     for run in (model, compiled):
         states = run(**batch).last_hidden_state
-        results.append([states, *torch.autograd.grad(states.square().sum(), weights)])
+        # The sum of their squares hardly changes behind a norm: its gradients would be roundings.
+        results.append([states, *torch.autograd.grad(states[..., 0].sum(), weights)])
     assert counter.frame_count == 1
     for eager, other in zip(*results, strict=True):
         torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-4 * float(eager.detach().abs().max()))
@@ -76,8 +77,8 @@ def test_an_exported_encoder(cell):
 def test_the_operator_keeps_its_promises(kind):
     """Schema, autograd registration and fake kernel, by torch's own check."""
     cell = Recurrence(kind, 4)
-    x, hidden = torch.randn(2, 5, 4, requires_grad=True), torch.zeros(2, 4)
-    memory = torch.zeros(2, 4) if kind == "lstm" else x.new_empty(0)
+    x, hidden = torch.randn(2, 5, 4, requires_grad=True), torch.zeros(1, 2, 4)
+    memory = torch.zeros(1, 2, 4) if kind == "lstm" else x.new_empty(0)
     weights = (cell.weight_ih_l0, cell.weight_hh_l0, cell.bias_ih_l0, cell.bias_hh_l0)
     torch.library.opcheck(scan._scan_operator, (cell.kind, x, *weights, hidden, memory))
 

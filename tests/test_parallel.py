@@ -68,12 +68,12 @@ def runs(monkeypatch):
     seen = []
     original = Chunks.settle
 
-    def watched(self, run, start, **kwargs):
-        def counted(states, rows, skipped):
-            seen.append((len(states), self.length - skipped))
-            return run(states, rows, skipped)
+    def watched(self, run, tensors, start, **kwargs):
+        def counted(states, steps):
+            seen.append((len(states), len(steps)))
+            return run(states, steps)
 
-        return original(self, counted, start, **kwargs)
+        return original(self, counted, tensors, start, **kwargs)
 
     monkeypatch.setattr(Chunks, "settle", watched)
     return seen
@@ -95,14 +95,14 @@ def test_a_recurrence_that_never_forgets_falls_back(runs):
     """The worst case is the sequential scan after a bounded number of rounds, not one round per chunk."""
     x = torch.ones(2, 1024, 3, dtype=torch.float64)
     cut = Chunks(x, 4)
-    steps, sums = cut.cut(x), cut.cut(torch.zeros_like(x))
+    sums = cut.cut(torch.zeros_like(x))
 
-    def add_up(total, rows, skipped):
-        for step, after in zip(steps[skipped:, rows], sums[skipped:, rows], strict=True):
+    def add_up(total, steps):
+        for step, after in steps:
             total = after.copy_(total + step)
         return total
 
-    starts, ends = cut.settle(add_up, torch.zeros(2, 3, dtype=torch.float64))
+    starts, ends = cut.settle(add_up, (cut.cut(x), sums), torch.zeros(2, 3, dtype=torch.float64))
     assert torch.equal(cut.join(sums), x.cumsum(1))
     assert torch.equal(starts[2:], ends[:-2])
     assert runs == [(2 * cut.count, cut.length)] * chunks.MOST_ROUNDS + [(2, cut.length)] * cut.count

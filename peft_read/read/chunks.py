@@ -9,7 +9,7 @@ in reverse time, goes the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -21,9 +21,10 @@ CHUNK = 32
 LONGEST_CHUNK = 128
 MANY_ROWS = 512  # at once, from which on more of them gain nothing: then chunks are longer
 MOST_ROUNDS = 4
-# Takes the states before some rows' first step, which rows, and how many of a chunk's first steps to leave out (the
-# last ones, backwards in time). It keeps its results and gives the states after the last step.
-Run: TypeAlias = Callable[[Tensor, slice, int], Tensor]
+Steps: TypeAlias = Sequence[tuple[Tensor, ...]]  # what each of some steps reads and writes
+# Takes the states before the first of some steps, and those steps. It keeps its results and gives the states after
+# the last step.
+Run: TypeAlias = Callable[[Tensor, Steps], Tensor]
 
 
 class Chunks:
@@ -67,35 +68,39 @@ class Chunks:
         joined = torch.index_select(rows.flatten(0, 1), 0, self._place, out=out)
         return joined.view(self.batch, self.time, rows.shape[2])
 
-    def settle(self, run: Run, start: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    def settle(
+        self, run: Run, tensors: Sequence[Tensor], start: Tensor, *, backwards: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Run a recurrence until every chunk has started from what its predecessor ended with.
 
         Args:
             run: the recurrence.
+            tensors: what its steps read and write, `(length, count * batch, ...)`.
             start: state before the first step (after the last one, backwards), `(batch, width)`.
-            backwards: the chunks' predecessors are the later ones.
+            backwards: time runs backwards, and the chunks' predecessors are the later ones.
 
         Returns:
             The states that the chunks started from and those that they ended with, `(count * batch, width)` each.
         """
+        order = -1 if backwards else 1
+        steps = list(zip(*(tensor.unbind() for tensor in tensors), strict=True))[::order]
         if self.count == 1:
-            return start, run(start, slice(None), 0)
+            return start, run(start, steps)
         first = (self.count - 1) * self.batch if backwards else 0
         starts = start.new_zeros(self.count * self.batch, start.shape[1])
         starts[first : first + self.batch] = start
         skipped = self.length - CHUNK  # a guess of the states needs no more steps than it is hoped to depend on
         for _ in range(MOST_ROUNDS):
-            ends = run(starts, slice(None), skipped)
+            ends = run(starts, steps[skipped:])
             kept = ends[self.batch :] if backwards else ends[: -self.batch]
             handed = torch.cat([kept, start] if backwards else [start, kept])
             if not skipped and self._equal(handed, starts):
                 return starts, ends
             starts, skipped = handed, 0
-        step = -self.batch if backwards else self.batch
-        for row in range(first, first + self.count * step, step):
+        for row in range(first, first + order * len(starts), order * self.batch):
             rows = slice(row, row + self.batch)
             starts[rows] = start
-            ends[rows] = start = run(start, rows, 0)
+            ends[rows] = start = run(start, [tuple(tensor[rows] for tensor in step) for step in steps])
         return starts, ends
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:

@@ -49,7 +49,7 @@ def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
         ValueError: if the switch has another value than `auto`, `torch` and `triton`, or forces the kernel upon what
             it can't run.
     """
-    choice = os.environ[SWITCH] if SWITCH in os.environ else "auto"  # `get` would raise and catch an error each time
+    choice = os.environ.get(SWITCH, "auto")
     if choice not in ("auto", "torch", "triton"):
         raise ValueError(f"The environment variable {SWITCH} must be auto, torch or triton, got {choice!r}.")
     if choice == "torch" or (choice == "auto" and not x.is_cuda):

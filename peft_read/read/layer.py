@@ -177,7 +177,7 @@ class ReadLayer(AdapterLayer):
             return self._recur_over_frames(cell, frames, x, tokens.valid)
         call = tokens.call
         if call is None:
-            return cell(x, tokens.valid)[0]
+            return cell(x, tokens.valid)
         key = f"{self.module_name}, adapter {name}"
         while key in call.states:
             key += ", again"  # some models call one module in several places
@@ -186,7 +186,7 @@ class ReadLayer(AdapterLayer):
         if segments is not None:
             return _recur_over_segments(cell, segments, x)
         start = None if before is None else unpack_state(before, cell)
-        outputs, _ = cell(x, tokens.valid, start)
+        outputs = cell(x, tokens.valid, start)
         if not cell.bidirectional:
             call.states[key] = partial(self._states_to_keep, cell, x, outputs, tokens, start)
             if len(x) != tokens.batch:
@@ -215,7 +215,7 @@ class ReadLayer(AdapterLayer):
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if valid is not None:
             valid = valid.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
-        states = cell(x, valid)[0]
+        states = cell(x, valid)
         return states.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
 
     def _tokens_and_call(self, hidden: Tensor, names: list[str]) -> tuple[Tensor, _Tokens]:
@@ -255,5 +255,5 @@ def _recur_over_segments(cell: Recurrence, segments: list[int], x: Tensor) -> Te
     apart = nn.utils.rnn.pad_sequence(x.flatten(0, 1).split(segments), batch_first=True)
     lengths = torch.tensor(segments, device=x.device)
     mask = torch.arange(apart.shape[1], device=x.device) < lengths[:, None]
-    outputs = cell(apart, mask)[0]
+    outputs = cell(apart, mask)
     return outputs[mask].unflatten(0, x.shape[:2])

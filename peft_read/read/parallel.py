@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..precision import backward_without_autocast
-from .chunks import Chunks
+from .chunks import Chunks, Steps
 
 
 class VanillaScan(torch.autograd.Function):
@@ -34,12 +34,12 @@ class VanillaScan(torch.autograd.Function):
         ends = drives.new_empty(chunks.length + 1, *drives.shape[1:])  # where each step begins, and the last one ends
         states, transposed = ends[1:], w_hidden.t()
 
-        def run(hidden: Tensor, rows: slice, skipped: int) -> Tensor:
-            for drive, state in zip(drives[skipped:, rows].unbind(), states[skipped:, rows].unbind(), strict=True):
+        def run(hidden: Tensor, steps: Steps) -> Tensor:
+            for drive, state in steps:
                 hidden = torch.addmm(drive, hidden, transposed, out=state).tanh_()
             return hidden
 
-        ends[0], _ = chunks.settle(run, start[0])
+        ends[0], _ = chunks.settle(run, (drives, states), start[0])
         ctx.save_for_backward(x, ends, start, w_in, w_hidden)
         return chunks.join(states)
 
@@ -52,19 +52,20 @@ class VanillaScan(torch.autograd.Function):
         if chunks.count == 1:
             ends = torch.cat([start, ends.transpose(0, 1)])
         grads, states = chunks.cut_gradient(grad), ends[1:]
+        slopes = torch.addcmul(states.new_ones(()), states, states, value=-1)
         deltas = torch.empty_like(grads)
 
-        def run(carry: Tensor, rows: slice, skipped: int) -> Tensor:
-            kept = slice(chunks.length - skipped)
-            for g, state, delta in zip(
-                *(reversed(tensor[kept, rows].unbind()) for tensor in (grads, states, deltas)), strict=True
-            ):
-                torch.add(g, carry, out=delta)
-                torch.ops.aten.tanh_backward.grad_input(delta, state, grad_input=delta)
-                carry = delta @ w_hidden
-            return carry
+        def run(carry: Tensor, steps: Steps) -> Tensor:
+            later = None
+            for g, slope, delta in steps:
+                if later is None:
+                    torch.add(g, carry, out=delta)
+                else:
+                    torch.addmm(g, later, w_hidden, out=delta)
+                later = delta.mul_(slope)
+            return later @ w_hidden
 
-        _, carries = chunks.settle(run, torch.zeros_like(start[0]), backwards=True)
+        _, carries = chunks.settle(run, (grads, slopes, deltas), torch.zeros_like(start[0]), backwards=True)
         grad_w_hidden = deltas.flatten(0, 1).t() @ ends[:-1].flatten(0, 1)
         grad_inputs = chunks.join(deltas, out=grads)
         rows = grad_inputs.flatten(0, 1)
@@ -103,18 +104,16 @@ class GatedScan(torch.autograd.Function):
         resets, updates = gates.chunk(2, dim=-1)
         bias = b_hidden[2 * size :]
 
-        def run(hidden: Tensor, rows: slice, skipped: int) -> Tensor:
-            tensors = (drives, drives_new, gates, resets, updates, inner, news, ends[1:])
-            for drive, drive_new, gate, reset, update, product, new, state in zip(
-                *(tensor[skipped:, rows].unbind() for tensor in tensors), strict=True
-            ):
+        def run(hidden: Tensor, steps: Steps) -> Tensor:
+            for drive, drive_new, gate, reset, update, product, new, state in steps:
                 torch.addmm(drive, hidden, to_gates, out=gate).sigmoid_()
                 torch.addmm(bias, hidden, to_new, out=product)
                 torch.addcmul(drive_new, reset, product, out=new).tanh_()
                 hidden = torch.lerp(new, hidden, update, out=state)
             return hidden
 
-        ends[0], _ = chunks.settle(run, start[0])
+        tensors = (drives, drives_new, gates, resets, updates, inner, news, ends[1:])
+        ends[0], _ = chunks.settle(run, tensors, start[0])
         ctx.save_for_backward(*weights, x, ends, start, gates, inner, news)
         return chunks.join(ends[1:])
 
@@ -143,18 +142,20 @@ class GatedScan(torch.autograd.Function):
         hidden_grads, deltas = torch.empty_like(grads), torch.empty_like(shares)
         flat = deltas.flatten(2)
 
-        def run(carry: Tensor, rows: slice, skipped: int) -> Tensor:
-            kept = slice(chunks.length - skipped)
-            tensors = (grads, shares, updates, hidden_grads, deltas, flat)
-            for g, share, update, hidden_grad, delta, row in zip(
-                *(reversed(tensor[kept, rows].unbind()) for tensor in tensors), strict=True
-            ):
-                torch.add(g, carry, out=hidden_grad)
-                torch.mul(hidden_grad[:, None], share, out=delta)
-                carry = torch.addmm(hidden_grad * update, row, w_hidden)
-            return carry
+        def run(carry: Tensor, steps: Steps) -> Tensor:
+            later: tuple[Tensor, ...] = ()
+            for g, share, update, hidden_grad, spread, delta, row in steps:
+                if later:
+                    hidden_after, update_after, row_after = later
+                    torch.addcmul(g, hidden_after, update_after, out=hidden_grad).addmm_(row_after, w_hidden)
+                else:
+                    torch.add(g, carry, out=hidden_grad)
+                torch.mul(spread, share, out=delta)
+                later = hidden_grad, update, row
+            return torch.addmm(hidden_grad * update, row, w_hidden)
 
-        _, carries = chunks.settle(run, torch.zeros_like(start[0]), backwards=True)
+        tensors = (grads, shares, updates, hidden_grads, hidden_grads[:, :, None], deltas, flat)
+        _, carries = chunks.settle(run, tensors, torch.zeros_like(start[0]), backwards=True)
         rows = flat.flatten(0, 1)
         grad_w_hidden, grad_b_hidden = rows.t() @ before.flatten(0, 1), rows.sum(0)
         torch.mul(hidden_grads, to_new, out=deltas[:, :, 2])  # the new gate's input isn't multiplied by the reset gate

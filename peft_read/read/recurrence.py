@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import without_autocast
+from .compaction import Compaction
 from .eager import GATES
 from .scan import scan
 
@@ -27,7 +28,7 @@ WEIGHTS = [
 
 
 class Recurrence(nn.Module):
-    """A one-layer, batch-first recurrent cell whose call is `recurrent_scan`.
+    """A one-layer, batch-first recurrent cell whose call gives the outputs of `recurrent_scan`.
 
     Has the weights of torch's own modules, by their names and with their initialisation. Those modules can't be
     compiled, and Accelerate's hooks only see weights that a call of their module uses.
@@ -54,9 +55,9 @@ class Recurrence(nn.Module):
         """The recurrent matrix. PEFT's policy for FSDP1 wraps trained modules by themselves that have a `weight`."""
         return cast(Tensor, self.weight_hh_l0)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
-        """See `recurrent_scan`."""
-        return recurrent_scan(x, self, mask=mask, state=state)
+    def forward(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> Tensor:
+        """`(batch, time, directions * hidden)`, see `recurrent_scan`."""
+        return _scan_each_way(x, self, mask, state, needs_memory=False)[0]
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.hidden_size}, bidirectional={self.bidirectional}"
@@ -92,6 +93,14 @@ def recurrent_scan(
         ValueError: if `cell` has several layers, a projection, or isn't batch-first; if shapes don't fit each other;
             if the environment variable forces what can't be.
     """
+    outputs, final = _scan_each_way(x, cell, mask, state, needs_memory=True)
+    return outputs, (final[0], final[1]) if _kind_of(cell) == "lstm" else final[0]
+
+
+def _scan_each_way(
+    x: Tensor, cell: Cell, mask: Tensor | None, state: State | None, *, needs_memory: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """See `recurrent_scan`; an LSTM's last memory may be wrong under a mask if it isn't needed."""
     kind = _kind_of(cell)
     _check_input(x, cell, mask)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -100,44 +109,33 @@ def recurrent_scan(
     with without_autocast(x.device):
         steps = x.to(dtype)
         if directions == 1:
-            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), initial)
+            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), initial, needs_memory)
         else:
             ahead, back = ([part[i : i + 1] for part in initial] for i in range(2))
-            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), ahead)
-            flipped = None if mask is None else mask.flip(1)
-            others, *ends = _masked_scan(kind, steps.flip(1), flipped, _weights(cell, 1, dtype), back)
+            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), ahead, needs_memory)
+            steps, mask = steps.flip(1), None if mask is None else mask.flip(1)
+            others, *ends = _masked_scan(kind, steps, mask, _weights(cell, 1, dtype), back, needs_memory)
             outputs = torch.cat([outputs, others.flip(1)], dim=-1)
             final = [torch.cat(parts) for parts in zip(final, ends, strict=True)]
-    return outputs.to(x.dtype), (final[0], final[1]) if kind == "lstm" else final[0]
+    return outputs.to(x.dtype), final
 
 
 def _masked_scan(
-    kind: str, x: Tensor, mask: Tensor | None, weights: list[Tensor], start: list[Tensor]
+    kind: str, x: Tensor, mask: Tensor | None, weights: list[Tensor], start: list[Tensor], needs_memory: bool
 ) -> list[Tensor]:
     """`scan` over the valid steps alone."""
     if mask is None:
         return scan(kind, x, weights, start)
-    # Valid steps move to the front of their row, so that the scan needs no mask, and their outputs move back.
-    order = torch.argsort(mask.logical_not(), dim=1, stable=True)
-    padding = mask.logical_not().gather(1, order)
-    # Padding may hold anything, NaN too, of which gradients of zero would make NaN: a valid step stands in for it.
-    flat = torch.where(padding, mask.flatten().to(torch.uint8).argmax(), _flat_index(order, x))
-    compact = x.flatten(0, 1).index_select(0, flat.flatten()).view_as(x)
-    if kind == "lstm":
-        # Its memory isn't among the outputs, so the padding at the end must leave it as it is: one more feature, set
-        # there, shuts the input gate and opens the forget gate, both exactly.
-        compact, weights = torch.cat([compact, padding[..., None].to(x.dtype)], dim=-1), _with_stop_feature(weights)
+    compaction = Compaction(mask)
+    compact = compaction.front(x)
+    if kind == "lstm" and needs_memory:
+        # It isn't among the outputs, so the padding at the end must leave it as it is: one more feature, set there,
+        # shuts the input gate and opens the forget gate, both exactly.
+        compact = torch.cat([compact, compaction.padding.to(x.dtype)], dim=-1)
+        weights = _with_stop_feature(weights)
     outputs, *final = scan(kind, compact, weights, start)
-    steps_so_far = mask.cumsum(dim=1)
-    states = torch.cat([start[0].transpose(0, 1), outputs], dim=1)
-    # Whole rows, which `gather` would move number by number.
-    outputs = states.flatten(0, 1).index_select(0, _flat_index(steps_so_far, states).flatten()).view_as(outputs)
+    outputs = compaction.back(outputs, start[0][0])
     return [outputs, outputs[None, :, -1], *final[1:]]
-
-
-def _flat_index(steps: Tensor, of: Tensor) -> Tensor:
-    """Where the `steps (batch, time)` of `of` are once its first two dimensions are one."""
-    return steps + of.shape[1] * torch.arange(len(of), device=of.device)[:, None]
 
 
 def packed_states(
@@ -235,7 +233,7 @@ def _check_state(
     parts = state if isinstance(state, tuple) else (state,)
     if len(parts) != count or any(tuple(part.shape) != shape for part in parts):
         raise ValueError(
-            f"`state` of a recurrence of kind {kind} must be {count} tensor(s) of shape {shape}, got "
+            f"`state` of this {kind.split('_')[0].upper()} must be {count} tensor(s) of shape {shape}, got "
             f"{[tuple(part.shape) for part in parts]}."
         )
     return [part.to(dtype) for part in parts]
