@@ -83,7 +83,11 @@ class Chunks:
             The states that the chunks started from and those that they ended with, `(count * batch, width)` each.
         """
         order = -1 if backwards else 1
-        steps = list(zip(*(tensor.unbind() for tensor in tensors), strict=True))[::order]
+
+        def steps_of(rows: slice) -> Steps:
+            return list(zip(*(tensor[:, rows].unbind() for tensor in tensors), strict=True))[::order]
+
+        steps = steps_of(slice(None))
         if self.count == 1:
             return start, run(start, steps)
         first = (self.count - 1) * self.batch if backwards else 0
@@ -100,7 +104,7 @@ class Chunks:
         for row in range(first, first + order * len(starts), order * self.batch):
             rows = slice(row, row + self.batch)
             starts[rows] = start
-            ends[rows] = start = run(start, [tuple(tensor[rows] for tensor in step) for step in steps])
+            ends[rows] = start = run(start, steps_of(rows))
         return starts, ends
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
