@@ -62,6 +62,20 @@ def test_a_mask_and_chunks_together(cell_cls):
         assert torch.allclose(final[:, row], alone_final[:, 0], atol=1e-10)
 
 
+@pytest.mark.parametrize("cell_cls", [*CELLS, nn.LSTM])
+def test_training_after_inference(cell_cls):
+    """What is kept of one call for the next of its shape may come from inference mode."""
+    cell = cell_cls(4, 4, batch_first=True)
+    x, mask = torch.randn(5, 133, 4), torch.rand(5, 133) < 0.7
+    with torch.inference_mode():
+        expected, _ = recurrent_scan(x, cell, mask=mask)
+    outputs, _ = recurrent_scan(x.requires_grad_(), cell, mask=mask)
+    assert torch.equal(outputs, expected)
+    outputs.sum().backward()
+    assert x.grad[mask].abs().max() > 0
+    assert x.grad[~mask].abs().max() == 0
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Rows and steps of every run of a recurrence over chunks."""
