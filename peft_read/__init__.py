@@ -19,6 +19,7 @@ from .pvla.picture import plot_plan  # noqa: E402
 from .pvla.states import VideoTextStates  # noqa: E402
 from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer  # noqa: E402
 from .pvla.transport import partial_transport  # noqa: E402
+from .forward.description import describe_tokens  # noqa: E402
 from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "TrimodalProcessor",
     "VideoTextStates",
     "describe_adapter",
+    "describe_tokens",
     "find_feed_forward_outputs",
     "partial_transport",
     "plot_plan",

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers
 from helpers import padding_mask, strengthen, token_rows
 from models import HEADS, IMAGE, INIT_RANGE, LAYERS, PATCH, VOCAB, WIDE, WIDTH, bart_config, base_model, t5_config
+from packaging.version import parse
 from peft import get_peft_model
 from torch import nn
 from transformers import (
@@ -38,6 +40,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from peft_read import ReadConfig
 
 
+# How transformers calls a KV cache, in arguments and in outputs.
+CACHE = "cache" if parse(transformers.__version__) >= parse("5.24") else "past_key_values"
 # Less than the tokens of every test, so that the window moves.
 WINDOW = 4
 PROMPTS = (9, 5, 1)
@@ -215,12 +219,12 @@ def random_ids(rows, time, seed=0):
 def step(family, model, ids, cache=None, **options):
     """One forward over tokens of the decoder, as somebody's own loop calls it."""
     if not GENERATORS[family].encoder_decoder:
-        return model(input_ids=ids, past_key_values=cache, **options)
+        return model(input_ids=ids, **{CACHE: cache}, **options)
     with torch.no_grad():
         source = GENERATORS[family].prompt((5,))
         encoded = model.get_base_model().get_encoder()(**source).last_hidden_state
     encoded = BaseModelOutput(last_hidden_state=encoded.expand(len(ids), -1, -1))
-    return model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, **options)
+    return model(encoder_outputs=encoded, decoder_input_ids=ids, **{CACHE: cache}, **options)
 
 
 def empty_cache(family, model, size=None, goes_back=False):

@@ -134,7 +134,7 @@ def strengthen(model, seed=0, adapter_name="default"):
 
 def hide_masks(monkeypatch):
     """Keep every mask from the adapters, as a control: a test of padding has to see that."""
-    monkeypatch.setattr("peft_read.read.call.ForwardCall.valid_tokens", lambda *_: None)
+    monkeypatch.setattr("peft_read.read.layer.padding_of", lambda *_: None)
 
 
 def adapted(family, seed=0, **options):

@@ -277,6 +277,6 @@ def test_an_output_of_another_width_is_refused():
 def test_models_with_time_first_are_refused():
     """Their second axis is the batch: a state that runs over it would mix the samples."""
     config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64, vocab_size=20)
-    with pytest.raises(ValueError, match="type xlnet has its tokens along the first axis"):
+    with pytest.raises(ValueError, match="a model of type xlnet has its tokens along the first axis"):
         get_peft_model(XLNetModel(config), ReadConfig())
     assert get_peft_model(XLNetModel(config), ReadConfig(cell="none")).targeted_module_names

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from generators import DECODER, assert_same, difference, generate, generator, prompt, text_prompt
+from generators import CACHE, DECODER, assert_same, difference, generate, generator, prompt, text_prompt
 from helpers import adapter_parameters, strengthen
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
@@ -101,8 +101,8 @@ def test_half_precision(dtype, through_peft, cell):
 
     @torch.no_grad()
     def error_of_a_cache(model):
-        cache = model(**past, use_cache=True).past_key_values
-        second = model(input_ids=ids[:, 5:], attention_mask=BATCH["attention_mask"], past_key_values=cache).logits
+        cache = getattr(model(**past, use_cache=True), CACHE)
+        second = model(input_ids=ids[:, 5:], attention_mask=BATCH["attention_mask"], **{CACHE: cache}).logits
         whole = logits(model)[:, 5:]
         valid = BATCH["attention_mask"][:, 5:].bool()
         return float((second - whole)[valid].abs().max()), float(whole.abs().max())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from generators import CACHE
 from helpers import adapted, batch_of, states, strengthen
 from models import VOCAB, bart_config, base_model, t5_config
 from peft import get_peft_model
@@ -72,11 +73,11 @@ def test_a_cache_counts_however_it_is_passed():
     whole = inner(input_ids=torch.cat([ids, more], dim=1), use_cache=False).last_hidden_state[:, -2:]
     for go_on in (
         lambda cache: inner(more, None, None, cache).last_hidden_state,
-        lambda cache: inner(input_ids=more, past_key_values=cache).last_hidden_state,
-        lambda cache: model(input_ids=more, past_key_values=cache, output_hidden_states=True).hidden_states[-1],
+        lambda cache: inner(input_ids=more, **{CACHE: cache}).last_hidden_state,
+        lambda cache: model(input_ids=more, **{CACHE: cache}, output_hidden_states=True).hidden_states[-1],
     ):
         cache = DynamicCache()
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **{CACHE: cache})
         torch.testing.assert_close(go_on(cache), whole, rtol=0, atol=1e-5)
 
 

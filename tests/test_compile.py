@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from generators import CACHE
 from helpers import adapted, batch_of, strengthen
 from peft import get_peft_model
 from torch import nn
@@ -55,11 +56,11 @@ def test_decoding_with_a_static_cache_is_compiled_once():
     ids = torch.randint(3, 50, (2, 12))
     expected = model(input_ids=ids, use_cache=False).logits
     cache = StaticCache(config=config, max_cache_len=16)
-    model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, :5], **{CACHE: cache}, use_cache=True)
     counter = CompileCounter()
     step = torch.compile(model, backend=counter, fullgraph=True)
     for position in range(5, 12):
-        logits = step(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits
+        logits = step(input_ids=ids[:, position : position + 1], **{CACHE: cache}, use_cache=True).logits
         torch.testing.assert_close(logits[:, 0], expected[:, position], rtol=0, atol=1e-5)
     assert counter.frame_count == 1
 

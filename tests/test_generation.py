@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from generators import (
+    CACHE,
     DECODERS,
     ERROR,
     GENERATORS,
@@ -123,7 +124,7 @@ def test_one_cache_over_two_calls(family, cell, static):
     """A conversation: the answer and the next question are added to the cache of the first call."""
     model, batch = generator(family, cell), prompt(family)
     cache = empty_cache(family, model, size=40 if static else None)
-    first = generate(model, batch, past_key_values=cache)
+    first = generate(model, batch, **{CACHE: cache})
     assert_same(first, uncached(model, batch))
     question = random_ids(len(PROMPTS), 5, seed=1)
     more = torch.ones(len(PROMPTS), NEW_TOKENS + 5, dtype=torch.long)
@@ -133,4 +134,4 @@ def test_one_cache_over_two_calls(family, cell, static):
     }
     expected = uncached(model, second)
     second.pop("pixel_values", None)  # they are in the cache
-    assert_same(generate(model, second, past_key_values=cache), expected)
+    assert_same(generate(model, second, **{CACHE: cache}), expected)

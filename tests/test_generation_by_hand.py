@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from generators import DECODERS, ERROR, GENERATORS, empty_cache, generator, random_ids, step
+from generators import CACHE, DECODERS, ERROR, GENERATORS, empty_cache, generator, random_ids, step
 from helpers import adapter_parameters
 from packaging.version import parse
 
@@ -139,7 +139,7 @@ def test_a_cache_that_the_model_makes(family, cell, return_dict):
     """Nobody passed one: it is in the output, a tuple too."""
     model, ids = generator(family, cell), random_ids(2, 6)
     output = step(family, model, ids, use_cache=True, return_dict=return_dict)
-    cache = output.past_key_values if return_dict else next(part for part in output if hasattr(part, "update"))
+    cache = getattr(output, CACHE) if return_dict else next(part for part in output if hasattr(part, "update"))
     assert_continues(family, model, cache, ids, random_ids(2, 4, seed=1))
 
 
@@ -157,7 +157,7 @@ def test_inference_mode_and_back(family, cell):
 @torch.no_grad()
 def test_more_tokens_than_a_block(family, cell, monkeypatch):
     """The states' memory grows in blocks: across several of them nothing is lost."""
-    monkeypatch.setattr("peft_read.read.decoding._BLOCK", 3)
+    monkeypatch.setattr("peft_read.forward.states_beside_cache._BLOCK", 3)
     model, ids = generator(family, cell), random_ids(2, 20)
     cache = filled(family, model, ids[:, :2])
     for end in range(2, 20):

@@ -37,7 +37,8 @@ from transformers import (
 )
 
 from peft_read import ReadConfig
-from peft_read.read.call import ForwardCall
+from peft_read.forward.call import ForwardCall
+from peft_read.forward.decoding import state_before
 
 
 def adapt(model, targets):
@@ -87,7 +88,7 @@ def test_a_cache_that_does_not_count():
     given = {"input_ids": random_ids(2, 1), "past_key_values": DynamicCache(config=config)}
     call = ForwardCall.of(torch.nn.Identity(), given, causal=True)
     with pytest.raises(ValueError, match="holds tokens that it doesn't count"):
-        call.start("a recurrence", slice(None))
+        state_before(call, "a recurrence", slice(None))
 
 
 @pytest.mark.parametrize(("model", "name"), [(mamba, "cache_params"), (rwkv, "state")])
@@ -114,7 +115,7 @@ def test_a_tuple_of_keys_and_values():
     keys = torch.randn(2, HEADS, 3, WIDTH // HEADS)
     call = ForwardCall.of(torch.nn.Identity(), {"past_key_values": ((keys, keys), (keys, keys))}, causal=True)
     with pytest.raises(ValueError, match="`past_key_values`"):
-        call.start("a recurrence", slice(None))
+        state_before(call, "a recurrence", slice(None))
 
 
 def test_continuous_batching():
@@ -139,7 +140,7 @@ def test_whisper_makes_another_cache():
     cached, uncached = (model.generate(**prompt("whisper", (1,)), **options, use_cache=use) for use in (True, False))
     assert_same(cached, uncached)
     with pytest.raises(ValueError, match="can't continue from this cache"):
-        step("whisper", model, random_ids(1, 2), cached.past_key_values)
+        step("whisper", model, random_ids(1, 2), getattr(cached, "past_key_values"))
 
 
 @torch.no_grad()

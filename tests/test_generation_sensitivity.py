@@ -18,8 +18,8 @@ from generators import (
 from helpers import hide_masks
 from test_generation import BATCH_MODES, assistant_of, repeating
 
-from peft_read.read import decoding
-from peft_read.read.decoding import StateHistory
+from peft_read.forward import states_beside_cache
+from peft_read.forward.states_beside_cache import StateHistory
 
 
 FAMILIES = ["llama", "gpt2", "opt", "mistral", "mixtral", "bart", "t5", "whisper"]
@@ -28,12 +28,12 @@ EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 def forget(monkeypatch):
     """Start each forward from zero."""
-    monkeypatch.setattr("peft_read.read.call.ForwardCall.start", lambda *_: None)
+    monkeypatch.setattr("peft_read.read.layer.state_before", lambda *_: None)
 
 
 def keep_rows(monkeypatch, method):
     """Don't follow what is done to the rows of a cache."""
-    monkeypatch.delitem(decoding._FOLLOWED, method)
+    monkeypatch.setitem(states_beside_cache._CHANGES, method, lambda *_: None)
 
 
 def never_go_back(monkeypatch):

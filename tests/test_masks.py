@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertModel
 
-from peft_read.read.masks import valid_tokens
+from peft_read.forward.padding import valid_tokens
 
 
 BATCH, TIME = 3, 5

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from generators import DECODERS, ERROR, VISIBLE, generator
+from generators import CACHE, DECODERS, ERROR, VISIBLE, generator
 from helpers import adapted, adapter_parameters, token_rows
 from transformers import DataCollatorWithFlattening
 
-from peft_read.read.call import ForwardCall
+from peft_read.forward.call import ForwardCall
 
 
 LENGTHS = (5, 1, 3, 4)
@@ -158,7 +158,7 @@ def test_with_a_mask_or_a_cache_a_row_is_one_sequence(family):
     with torch.no_grad():
         first = model(input_ids=ids[:, :7], position_ids=given[:, :7], attention_mask=torch.ones(1, 7), use_cache=True)
         second = model(
-            input_ids=ids[:, 7:], position_ids=given[:, 7:], past_key_values=first.past_key_values, use_cache=True
+            input_ids=ids[:, 7:], position_ids=given[:, 7:], **{CACHE: getattr(first, CACHE)}, use_cache=True
         )
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), masked, **ERROR)
 

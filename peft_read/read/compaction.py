@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..tracing import is_tracing
+
 
 class Compaction:
     """Where the valid steps of a padded batch go; whole rows of numbers move, by index.
@@ -20,7 +22,7 @@ class Compaction:
 
     def __init__(self, mask: Tensor) -> None:
         # What a tracer or the capture of a CUDA graph makes isn't to be kept.
-        keeps = mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling()
+        keeps = mask.device.type == "cpu" and type(mask) is Tensor and not is_tracing()
         indices = _kept_indices if keeps else _indices
         steps, before, ends, starts, column = indices(mask.shape[0], mask.shape[1], mask.device)
         count = mask.cumsum(dim=1)  # of valid steps, each included

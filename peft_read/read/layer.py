@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..adapters import AdapterLayer
+from ..forward.call import RunningForward
+from ..forward.context import ForwardContext
+from ..forward.decoding import LeftStates, state_before
+from ..forward.description import description_of, descriptions
+from ..forward.packing import described_starts, starts_of
+from ..forward.padding import described_padding, padding_of, reads_a_mask
 from ..precision import linear, weights_at_hand, without_autocast
-from .call import ForwardCall
 from .config import ReadConfig
-from .context import ForwardContext
 from .recurrence import Recurrence, State, packed_states, unpack_state
 
 
@@ -26,17 +31,20 @@ class _Tokens:
         batch: rows of the whole batch.
         rows: which of them these are.
         valid: `(rows, time)`, true where a token isn't padding; None if none is.
-        call: the forward that they run through; None outside of one.
+        starts: `(rows, time)`, true where a sequence begins that isn't the first of its row; None if there is none.
+        running: the forward that they run through; None outside of one.
     """
 
     batch: int
     rows: Tensor | slice = field(default_factory=lambda: slice(None))
     valid: Tensor | None = None
-    call: ForwardCall | None = None
+    starts: Tensor | None = None
+    running: RunningForward | None = None
 
     def of_rows(self, rows: Tensor) -> _Tokens:
         """The same for some rows of the whole batch."""
-        return replace(self, rows=rows, valid=None if self.valid is None else self.valid[rows])
+        valid, starts = (None if given is None else given[rows] for given in (self.valid, self.starts))
+        return replace(self, rows=rows, valid=valid, starts=starts)
 
 
 class ReadLayer(AdapterLayer):
@@ -52,6 +60,7 @@ class ReadLayer(AdapterLayer):
         context: the running calls of the model that owns the module.
         module_name: the module's name in the adapted model, for messages.
         part: name of the part of that model whose mask counts where the model's own doesn't fit.
+        around: the running calls of the models around that one, which may be given videos.
     """
 
     adapter_layer_names: tuple[str, ...] = ("read_downward", "read_recurrence", "read_upward")
@@ -68,6 +77,7 @@ class ReadLayer(AdapterLayer):
         context: ForwardContext,
         module_name: str,
         part: str | None = None,
+        around: Sequence[ForwardContext] = (),
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -76,6 +86,7 @@ class ReadLayer(AdapterLayer):
         self.context = context
         self.module_name = module_name
         self.part = part
+        self.around = tuple(around)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.num_frames: dict[str, int | None] = {}
@@ -126,6 +137,11 @@ class ReadLayer(AdapterLayer):
         if self.disable_adapters or (adapter_names is None and not names):
             return output
         hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.is_nested:
+            raise ValueError(
+                f"READ at {self.module_name} can't run over nested tensors, which torch's nn.TransformerEncoder makes of "
+                "padded batches in evaluation. Build it with enable_nested_tensor=False."
+            )
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
                 f"READ at {self.module_name} was made for {self.out_features} features, but this module's output has "
@@ -145,11 +161,11 @@ class ReadLayer(AdapterLayer):
         """Each row with the adapter named for it; the rows of one sample, its beams or frames, follow each other."""
         frames = {self.num_frames[name] or 1 for name in adapter_names if name in self.num_frames}
         allowed = {1, beams} | frames
-        rows_per_name = len(x) // max(len(adapter_names), 1)
-        if rows_per_name not in allowed or rows_per_name * len(adapter_names) != len(x):
+        rows_per_name = x.shape[0] // max(len(adapter_names), 1)
+        if rows_per_name not in allowed or rows_per_name * len(adapter_names) != x.shape[0]:
             raise ValueError(
                 f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for "
-                f"{len(x)} rows at {self.module_name}."
+                f"{x.shape[0]} rows at {self.module_name}."
             )
         adapted = x.clone()
         for name in dict.fromkeys(adapter_names):
@@ -175,42 +191,48 @@ class ReadLayer(AdapterLayer):
         cell, frames = cast(Recurrence, self.read_recurrence[name]), self.num_frames[name]
         if frames is not None:
             return self._recur_over_frames(cell, frames, x, tokens.valid)
-        call = tokens.call
-        if call is None:
-            return cell(x, tokens.valid)
+        if tokens.running is None:
+            return cell(x, tokens.valid, starts=tokens.starts)
+        call, left = tokens.running.call, tokens.running.left
         key = f"{self.module_name}, adapter {name}"
-        while key in call.states:
+        while left is not None and key in left:
             key += ", again"  # some models call one module in several places
-        before = call.start(key, tokens.rows)
-        segments = call.segments()
-        if segments is not None:
-            return _recur_over_segments(cell, segments, x)
+        before = state_before(call, key, tokens.rows)
         start = None if before is None else unpack_state(before, cell)
-        outputs = cell(x, tokens.valid, start)
-        if not cell.bidirectional:
-            call.states[key] = partial(self._states_to_keep, cell, x, outputs, tokens, start)
-            if len(x) != tokens.batch:
-                call.partial.add(key)
+        outputs = cell(x, tokens.valid, start, tokens.starts)
+        if left is not None and not cell.bidirectional and tokens.starts is None:
+            # Without `tokens`, which would form a reference cycle through the running forward.
+            keep = partial(self._states_to_keep, cell, x, outputs, tokens.valid, start, tokens.rows, tokens.batch)
+            left[key] = LeftStates(keep, is_partial=x.shape[0] != tokens.batch)
         return outputs
 
     @staticmethod
-    def _states_to_keep(cell: Recurrence, x: Tensor, outputs: Tensor, tokens: _Tokens, start: State | None) -> Tensor:
+    def _states_to_keep(
+        cell: Recurrence,
+        x: Tensor,
+        outputs: Tensor,
+        valid: Tensor | None,
+        start: State | None,
+        rows: Tensor | slice,
+        batch: int,
+    ) -> Tensor:
         """The state after every token, `(batch, time, width)`, for all rows of the batch."""
         with weights_at_hand(cell):
-            states = packed_states(x, outputs, cell, mask=tokens.valid, state=start)
-        if tokens.batch == len(states):
+            states = packed_states(x, outputs, cell, mask=valid, state=start)
+        if batch == states.shape[0]:
             return states
-        every = states.new_full((tokens.batch, *states.shape[1:]), torch.nan)
-        every[tokens.rows] = states
+        every = states.new_full((batch, *states.shape[1:]), torch.nan)
+        every[rows] = states
         return every
 
     def _recur_over_frames(self, cell: Recurrence, frames: int, x: Tensor, valid: Tensor | None) -> Tensor:
         """Each token position's state over the frames of its video: `(videos * frames, tokens, r)`."""
-        if len(x) % frames:
+        if x.shape[0] % frames:
             raise ValueError(
                 f"READ at {self.module_name} recurs over num_frames={frames} frames a video, which doesn't divide its "
-                f"batch of {len(x)} images. Give whole videos, or set `num_frames` to the frames that they have."
+                f"batch of {x.shape[0]} images. Give whole videos, or set `num_frames` to the frames that they have."
             )
+        self._check_videos(frames, x.shape[0])
         tokens = x.shape[1]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if valid is not None:
@@ -218,24 +240,66 @@ class ReadLayer(AdapterLayer):
         states = cell(x, valid)
         return states.unflatten(0, (-1, tokens)).transpose(1, 2).flatten(0, 1)
 
+    def _check_videos(self, frames: int, images: int) -> None:
+        """Compare with the videos that the models around this one were given."""
+        for context in self.around:
+            running = context.running()
+            if running is None or running.call.videos is None:
+                continue
+            videos, given = running.call.videos
+            if given != frames:
+                raise ValueError(
+                    f"READ at {self.module_name} recurs over num_frames={frames} frames a video, but the model was "
+                    f"given videos of {given} frames. Give videos of {frames} frames, or set `num_frames`."
+                )
+            if videos * given != images:
+                raise ValueError(
+                    f"READ at {self.module_name} recurs over frames, but of {videos} videos of {given} frames it sees "
+                    f"{images} images: the model has left some out, as SmolVLM does with frames of padding, so that "
+                    "videos would mix. Give videos of as many frames as each other, none of them blank."
+                )
+
     def _tokens_and_call(self, hidden: Tensor, names: list[str]) -> tuple[Tensor, _Tokens]:
         """The output as `(batch, time, dim)` and what is known of its tokens, as far as the adapters need time."""
         recurrent = [name for name in names if name in self.read_recurrence]
         if not recurrent and hidden.ndim != 2:
-            return hidden, _Tokens(len(hidden))
-        call = self.context.running()
-        shape = call.tokens_shape if call is not None else None
-        if hidden.ndim == 2 and shape is not None and shape[0] * shape[1] == len(hidden):
+            return hidden, _Tokens(hidden.shape[0])
+        running = self.context.running()
+        shape = running.call.tokens_shape if running is not None else None
+        if hidden.ndim == 2 and shape is not None and shape[0] * shape[1] == hidden.shape[0]:
             hidden = hidden.unflatten(0, shape)  # some blocks (OPT's) flatten the rows around their feed-forward part
         if not recurrent:
-            return hidden, _Tokens(len(hidden))
+            return hidden, _Tokens(hidden.shape[0])
         if hidden.ndim != 3:
             raise ValueError(
                 f"READ needs an output of shape (batch, time, features), but {self.module_name} gives one of shape "
                 f"{tuple(hidden.shape)}. Target the module that gives such an output, or use cell='none'."
             )
-        valid = None if call is None else call.valid_tokens((hidden.shape[0], hidden.shape[1]), self.part)
-        return hidden, _Tokens(len(hidden), valid=valid, call=call)
+        shape = (hidden.shape[0], hidden.shape[1])
+        if running is None:
+            return hidden, self._described_tokens(shape)
+        valid = padding_of(running, shape, self.module_name, self.part)
+        if valid is None and running.call.unread_masks and not running.call.described:
+            if not reads_a_mask(running, self.part):
+                self.context.warn_of_masks(running.call.unread_masks)
+        both_ways = any(cast(Recurrence, self.read_recurrence[name]).bidirectional for name in recurrent)
+        starts = starts_of(running, shape, self.module_name, self.part, both_ways=both_ways)
+        return hidden, _Tokens(hidden.shape[0], valid=valid, starts=starts, running=running)
+
+    def _described_tokens(self, shape: tuple[int, int]) -> _Tokens:
+        """What is known of the tokens outside of a call of the model."""
+        description = description_of(self.module_name, descriptions())
+        if description is not None:
+            valid = described_padding(description.valid, shape, self.module_name)
+            starts = described_starts(description.sequence_ids, shape, self.module_name)
+            return _Tokens(shape[0], valid=valid, starts=starts)
+        if self.context.is_required:
+            raise RuntimeError(
+                f"READ at {self.module_name} runs outside of a call of its model, so that it can't tell which tokens "
+                "are padding. Call the model, or say it: `with peft_read.describe_tokens(valid): ...`, or "
+                "`with peft_read.describe_tokens(): ...` where no token is."
+            )
+        return _Tokens(shape[0])
 
     def __repr__(self) -> str:
         return "read." + super().__repr__()
@@ -245,15 +309,20 @@ class ReadLinear(ReadLayer):
     """A `ReadLayer` around a linear layer: `"all-linear"` finds wrapped linears by the word in their class's name."""
 
 
-def _recur_over_segments(cell: Recurrence, segments: list[int], x: Tensor) -> Tensor:
-    """Every packed sequence from a state of its own: `x (batch, time, r)`, the segments one after another."""
-    if sum(segments) != x.shape[0] * x.shape[1]:
-        raise ValueError(
-            f"READ was given packed sequences of {sum(segments)} tokens in a batch of {x.shape[0] * x.shape[1]}: "
-            "`cu_seq_lens_q` must cover all of them, padding included."
-        )
-    apart = nn.utils.rnn.pad_sequence(x.flatten(0, 1).split(segments), batch_first=True)
-    lengths = torch.tensor(segments, device=x.device)
-    mask = torch.arange(apart.shape[1], device=x.device) < lengths[:, None]
-    outputs = cell(apart, mask)
-    return outputs[mask].unflatten(0, x.shape[:2])
+class CalledWeight(Tensor):
+    """The weight of a module that is to be called, see `ReadLinearOfTorch`."""
+
+
+class ReadLinearOfTorch(ReadLinear):
+    """A `ReadLinear` inside of torch's `nn.TransformerEncoderLayer`.
+
+    In evaluation that layer reads the weights of its parts and calls none of them, unless one is of a subclass that
+    may override torch's functions. Without an active adapter the weight is the base layer's own.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, so that it says that it has to be called while an adapter is active."""
+        weight = cast(Tensor, self.base_layer.weight)
+        active = not self.disable_adapters and any(name in self.read_downward for name in self.active_adapters)
+        return weight.as_subclass(CalledWeight) if active else weight

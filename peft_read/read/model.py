@@ -8,13 +8,14 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import AdapterTuner
+from ..forward.context import ForwardContext
 from .config import ReadConfig
-from .context import ForwardContext
-from .layer import ReadLayer, ReadLinear
-from .targets import block_index, default_targets, is_causal, owner_of
+from .layer import ReadLayer, ReadLinear, ReadLinearOfTorch
+from .targets import attention_beside, block_index, default_targets, is_causal, owner_of
 
 
 # Their outputs don't end in features, come with others of another meaning, or they are never called.
@@ -27,8 +28,8 @@ UNFIT = (
     nn.RNNBase,
     nn.modules.conv._ConvNd,
 )
-# By the `model_type` of the model that owns a module: outputs are (time, batch, features).
-TIME_FIRST = ("bridgetower", "bridgetower_vision_model", "mask2former", "oneformer", "xlnet")
+# By the `model_type` of the model that owns a module: outputs are (time, batch, features), which the blocks don't tell.
+TIME_FIRST = ("xlnet",)
 
 
 class ReadModel(AdapterTuner):
@@ -96,16 +97,30 @@ class ReadModel(AdapterTuner):
                 f"READ can't adapt {name}, a {type(module).__name__}: it needs a module whose output ends in the "
                 "feature dimension, such as the last linear layer of a feed-forward block."
             )
-        model_type = getattr(getattr(owner_of(self.model, name), "config", None), "model_type", None)
-        if config.cell != "none" and model_type in TIME_FIRST:
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
-                f"READ can't adapt {name}: a model of type {model_type} has its tokens along the first axis and the "
-                "batch along the second, over which the recurrence would run. Use cell='none' there."
+                f"READ can't adapt {name}: torch's nn.MultiheadAttention reads the weights of this module and never "
+                "calls it. Target the feed-forward part of the block."
             )
+        if config.cell != "none":
+            self._check_time_axis(name)
         if config.bidirectional and is_causal(owner_of(self.model, name)):
             raise ValueError(
                 f"`bidirectional=True` is for encoders, but {name} is in a decoder, where it would show every token "
                 "its future. Leave it out, or target the encoder alone."
+            )
+
+    def _check_time_axis(self, name: str) -> None:
+        """Refuse modules whose outputs are (time, batch, features)."""
+        model_type = getattr(getattr(owner_of(self.model, name), "config", None), "model_type", None)
+        attention = attention_beside(self.model, name)
+        if model_type in TIME_FIRST or any(not module.batch_first for module in attention):
+            where = f"a model of type {model_type}" if model_type in TIME_FIRST else "attention with batch_first=False"
+            raise ValueError(
+                f"READ can't adapt {name}: {where} has its tokens along the first axis and the batch along the second, "
+                "over which the recurrence would run. Build torch's layers with batch_first=True, target other "
+                "modules, or use cell='none' there."
             )
 
     def _width(self, name: str, module: nn.Module) -> int | None:
@@ -139,14 +154,24 @@ class ReadModel(AdapterTuner):
         width = self._width(current_key, target)
         assert width is not None
         layer_cls = ReadLinear if isinstance(target, (nn.Linear, Conv1D)) else ReadLayer
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            layer_cls = ReadLinearOfTorch
         owner = owner_of(self.model, current_key)
-        context = ForwardContext.attach(owner)
-        layer = layer_cls(target, width, context, current_key, part=context.watch(owner, target))
+        context = ForwardContext.attach(owner, causal=is_causal(owner))
+        around = self._contexts_around(current_key) if peft_config.recur_over == "frames" else ()
+        layer = layer_cls(target, width, context, current_key, context.watch(owner, target), around)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, r, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _contexts_around(self, name: str) -> list[ForwardContext]:
+        """Of the transformers models around a module, the adapted model included."""
+        parts = name.split(".")
+        paths = [".".join(parts[:i]) for i in range(len(parts))]
+        models = (self.model.get_submodule(path) for path in paths)
+        return [ForwardContext.attach(m, causal=is_causal(m)) for m in models if isinstance(m, PreTrainedModel)]
 
     def unload(self) -> nn.Module:
         """The base model as it was, without the adapters."""

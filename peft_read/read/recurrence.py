@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import without_autocast
-from .compaction import Compaction
 from .eager import GATES
-from .scan import scan
+from .sequences import masked_scan, scan_sequences
 
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -55,9 +54,17 @@ class Recurrence(nn.Module):
         """The recurrent matrix. PEFT's policy for FSDP1 wraps trained modules by themselves that have a `weight`."""
         return cast(Tensor, self.weight_hh_l0)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> Tensor:
-        """`(batch, time, directions * hidden)`, see `recurrent_scan`."""
-        return _scan_each_way(x, self, mask, state, needs_memory=False)[0]
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, state: State | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        """`(batch, time, directions * hidden)`, see `recurrent_scan`.
+
+        Args:
+            x: as there, and `mask`.
+            state: as there; not together with `starts`.
+            starts: `(batch, time)`, bool, true where the state begins anew, besides each row's first step.
+        """
+        return _scan_each_way(x, self, mask, state, starts, needs_memory=False)[0]
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.hidden_size}, bidirectional={self.bidirectional}"
@@ -93,49 +100,36 @@ def recurrent_scan(
         ValueError: if `cell` has several layers, a projection, or isn't batch-first; if shapes don't fit each other;
             if the environment variable forces what can't be.
     """
-    outputs, final = _scan_each_way(x, cell, mask, state, needs_memory=True)
+    outputs, final = _scan_each_way(x, cell, mask, state, None, needs_memory=True)
     return outputs, (final[0], final[1]) if _kind_of(cell) == "lstm" else final[0]
 
 
 def _scan_each_way(
-    x: Tensor, cell: Cell, mask: Tensor | None, state: State | None, *, needs_memory: bool
+    x: Tensor, cell: Cell, mask: Tensor | None, state: State | None, starts: Tensor | None, *, needs_memory: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """See `recurrent_scan`; an LSTM's last memory may be wrong under a mask if it isn't needed."""
     kind = _kind_of(cell)
     _check_input(x, cell, mask)
     dtype = torch.promote_types(x.dtype, torch.float32)
     directions = 2 if cell.bidirectional else 1
-    initial = _check_state(state, kind, (directions, len(x), cell.hidden_size), x, dtype)
+    initial = _check_state(state, kind, (directions, x.shape[0], cell.hidden_size), x, dtype)
+
+    def scan_one_way(direction: int, steps: Tensor, mask: Tensor | None, starts: Tensor | None) -> list[Tensor]:
+        weights, start = _weights(cell, direction, dtype), [part[direction : direction + 1] for part in initial]
+        if starts is not None:
+            return [scan_sequences(kind, steps, mask, starts, weights)]
+        return masked_scan(kind, steps, mask, weights, start, needs_memory)
+
     with without_autocast(x.device):
         steps = x.to(dtype)
-        if directions == 1:
-            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), initial, needs_memory)
-        else:
-            ahead, back = ([part[i : i + 1] for part in initial] for i in range(2))
-            outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), ahead, needs_memory)
-            steps, mask = steps.flip(1), None if mask is None else mask.flip(1)
-            others, *ends = _masked_scan(kind, steps, mask, _weights(cell, 1, dtype), back, needs_memory)
+        outputs, *final = scan_one_way(0, steps, mask, starts)
+        if directions == 2:
+            if starts is not None:  # backwards a sequence begins where the next one has begun
+                starts = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1).flip(1)
+            others, *ends = scan_one_way(1, steps.flip(1), None if mask is None else mask.flip(1), starts)
             outputs = torch.cat([outputs, others.flip(1)], dim=-1)
             final = [torch.cat(parts) for parts in zip(final, ends, strict=True)]
     return outputs.to(x.dtype), final
-
-
-def _masked_scan(
-    kind: str, x: Tensor, mask: Tensor | None, weights: list[Tensor], start: list[Tensor], needs_memory: bool
-) -> list[Tensor]:
-    """`scan` over the valid steps alone."""
-    if mask is None:
-        return scan(kind, x, weights, start)
-    compaction = Compaction(mask)
-    compact = compaction.front(x)
-    if kind == "lstm" and needs_memory:
-        # It isn't among the outputs, so the padding at the end must leave it as it is: one more feature, set there,
-        # shuts the input gate and opens the forget gate, both exactly.
-        compact = torch.cat([compact, compaction.padding.to(x.dtype)], dim=-1)
-        weights = _with_stop_feature(weights)
-    outputs, *final = scan(kind, compact, weights, start)
-    outputs = compaction.back(outputs, start[0][0])
-    return [outputs, outputs[None, :, -1], *final[1:]]
 
 
 def packed_states(
@@ -200,14 +194,6 @@ def _weights(cell: Cell, direction: int, dtype: torch.dtype) -> list[Tensor]:
     has_bias = isinstance(cell, Recurrence) or cell.bias
     weights = [getattr(cell, name) for name in WEIGHTS[direction][: 4 if has_bias else 2]]
     return [weight if weight.dtype == dtype else weight.to(dtype) for weight in weights]
-
-
-def _with_stop_feature(weights: list[Tensor]) -> list[Tensor]:
-    """LSTM weights (gates: in, forget, new, out) with one more feature, which freezes the memory where it is 1."""
-    w_in = weights[0]
-    size = w_in.shape[0] // 4
-    stop = torch.cat([w_in.new_full((size, 1), -1e4), w_in.new_full((size, 1), 1e4), w_in.new_zeros(2 * size, 1)])
-    return [torch.cat([w_in, stop], dim=1), *weights[1:]]
 
 
 def _check_input(x: Tensor, cell: Cell, mask: Tensor | None) -> None:

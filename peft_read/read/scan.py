@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import is_tracing
 from .eager import scan_eagerly
 
 
@@ -25,7 +26,7 @@ def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> li
     Returns:
         The outputs `(batch, time, hidden)` and then the final states, like `start`.
     """
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         return scan_eagerly(kind, x, weights, start)
     none = x.new_empty(0)
     biases = weights[2:] or [none, none]
@@ -71,7 +72,7 @@ def _(
 @torch.library.custom_op("peft_read::scan_backward", mutates_args=())
 def _scan_backward_operator(kind: str, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     # Runs the scan again: a compiled model then keeps its inputs alone.
-    with _autograd_inside_an_operator(), torch.enable_grad():
+    with autograd_inside_an_operator(), torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         results = scan_eagerly(kind, leaves[0], *_as_lists(kind, *leaves[1:]))
         found = torch.autograd.grad(results, leaves, grads[: len(results)], allow_unused=True)
@@ -88,7 +89,7 @@ def _(kind: str, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _autograd_inside_an_operator() -> Iterator[None]:
+def autograd_inside_an_operator() -> Iterator[None]:
     """Let operations be recorded, which torch switches off below an operator's own derivative."""
     keys = [getattr(torch._C.DispatchKey, name) for name in ("AutogradCPU", "AutogradCUDA", "AutogradFunctionality")]
     excluded = [key for key in keys if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]

@@ -129,6 +129,22 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
     return owner
 
 
+def attention_beside(model: nn.Module, name: str) -> list[nn.MultiheadAttention]:
+    """torch's attention in the block that a module lies in; empty if the block has none.
+
+    Args:
+        model: the model that contains the module.
+        name: the module's name in `model`.
+    """
+    parts = name.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        found = [inner for inner in module.modules() if isinstance(inner, nn.MultiheadAttention)]
+        if found or (end and parts[end - 1].isdigit()):  # the block itself, as a member of a list
+            return found
+    return []
+
+
 def is_causal(owner: nn.Module) -> bool:
     """Whether a model's tokens see only earlier ones."""
     if getattr(getattr(owner, "config", None), "is_decoder", False):

@@ -1,4 +1,4 @@
-"""How an adapted layer learns what it isn't passed: the padding, the cache, the shape of the batch.
+"""How an adapted layer learns of the forward that runs around it: hooks on the model that owns the layer.
 
 Each model that owns adapted layers has one `ForwardContext`. Its hooks note what a call of that model was given, and
 forget it when the call ends; the layers look at the newest call that runs in their thread.
@@ -6,58 +6,77 @@ forget it when the call ends; the layers look at the newest call that runs in th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from .call import ForwardCall, backward_pass
-from .targets import is_causal
+from . import arguments as names
+from .call import ForwardCall, RunningForward, backward_pass
+from .decoding import leave_states
+from .states_beside_cache import follow
 
 
 _ATTRIBUTE = "_read_forward_context"
+_RECORDED = "_read_records_calls"
 # Where transformers' blocks, and torch's own checkpoint wrapper, keep the function that checkpoints them.
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class ForwardContext:
-    """The running calls of one model, kept by hooks on it, one stack a thread.
+    """The running forwards of one model, kept by hooks on it, one stack a thread.
 
     Made by `attach`, once per model. Holds nothing between calls; a copied or unpickled model gets one of its own,
     which its layers share.
+
+    Attributes:
+        is_required: whether its layers run inside of a call of the model alone, as those of transformers' models do.
     """
 
-    def __init__(self, causal: bool) -> None:
+    def __init__(self, causal: bool, owner_class: type[nn.Module] = nn.Module) -> None:
+        self.is_required = issubclass(owner_class, PreTrainedModel)
+        self._owner_class = owner_class
         self._causal = causal
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
         self._argument_names: dict[str, list[str]] = {}  # of the model (""), and of the parts that are watched
         self._recurrences: set[str] = set()
+        self._has_warned = False
 
     @classmethod
-    def attach(cls, owner: nn.Module) -> ForwardContext:
-        """The context of `owner`, made and hooked in where there is none yet."""
+    def attach(cls, owner: nn.Module, *, causal: bool) -> ForwardContext:
+        """The context of `owner`, made and hooked in where there is none yet.
+
+        Args:
+            owner: the model.
+            causal: whether its tokens see only earlier ones.
+        """
         context: ForwardContext | None = owner.__dict__.get(_ATTRIBUTE)
         if context is None:
-            context = cls(is_causal(owner))
+            context = cls(causal, type(owner))
             context._argument_names[""] = _positional_names(owner)
             context._handles = [
-                owner.register_forward_pre_hook(context._enter, with_kwargs=True),
-                owner.register_forward_hook(context._leave, always_call=True),
+                owner.register_forward_pre_hook(context._enter_call, with_kwargs=True),
+                owner.register_forward_hook(context._leave_call, always_call=True),
             ]
             setattr(owner, _ATTRIBUTE, context)
+            _record_direct_forwards(type(owner))
+            follow(Cache)
         return context
 
     def watch(self, owner: nn.Module, target: nn.Module) -> str | None:
-        """Note from now on the mask that a part of the model is given: some make one of their own there (wav2vec2).
+        """Note from now on what a part of the model is given: some models make a mask of their own there (wav2vec2).
 
         Args:
             owner: the model.
@@ -70,11 +89,12 @@ class ForwardContext:
         parts = path.split(".")[:-1]
         for name in itertools.accumulate(parts, "{}.{}".format):
             module = owner.get_submodule(name)
-            if "attention_mask" not in (names := _positional_names(module)):
+            positional = _positional_names(module)
+            if not {"attention_mask", *names.PADDING_MASKS}.intersection(positional):
                 continue
             if name not in self._argument_names:
-                self._argument_names[name] = names
-                note = partial(self._note_mask, name)
+                self._argument_names[name] = positional
+                note = partial(self._note_part, name)
                 self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
             return name
         return None
@@ -92,56 +112,84 @@ class ForwardContext:
                 if attribute in module.__dict__:
                     setattr(module, attribute, _without_context(module.__dict__[attribute], context))
 
-    def running(self) -> ForwardCall | None:
-        """The newest call of the model that runs in this thread.
+    def running(self) -> RunningForward | None:
+        """The newest forward of the model that runs in this thread.
 
         Raises:
             RuntimeError: if none runs because a checkpoint recomputes a layer by itself.
         """
-        call = self._stack[-1] if self._stack else None
+        running = self._stack[-1] if self._stack else None
         # A forward that was interrupted from the keyboard leaves its call behind, which a backward pass mustn't take.
-        if call is not None and call.backward == backward_pass():
-            return call
+        if running is not None and running.backward == backward_pass():
+            return running
         if backward_pass() != -1:
             raise RuntimeError(
                 "A READ layer is recomputed in the backward pass by a checkpoint that it doesn't know of, so that it "
                 "can't tell which tokens are padding. Use the model's own `gradient_checkpointing_enable()`."
             )
-        return call
+        return running
 
     @contextmanager
-    def resumed(self, call: ForwardCall) -> Iterator[None]:
-        """Let `call` be the running one, when a part of it is computed again."""
-        self._stack.append(replace(call, backward=backward_pass()))
+    def resumed(self, running: RunningForward) -> Iterator[None]:
+        """Let a forward be the running one where a checkpoint runs a part of it."""
+        self._stack.append(running.again())
         try:
             yield
         finally:
             self._stack.pop()
 
+    def warn_of_masks(self, unread: tuple[str, ...]) -> None:
+        """Say once that a model of one's own was given masks that READ doesn't read."""
+        if not self._has_warned and not torch.compiler.is_compiling():
+            self._has_warned = True
+            warnings.warn(
+                f"READ takes all tokens as valid, but the model was given {', '.join(unread)}, which READ doesn't "
+                f"read; it reads {', '.join((*names.MASKS, *names.PADDING_MASKS))}. If tokens are padded, say which "
+                "are valid around the call: `with peft_read.describe_tokens(valid): ...`; if none are, "
+                "`with peft_read.describe_tokens(): ...`.",
+                stacklevel=2,
+            )
+
     @property
-    def _stack(self) -> list[ForwardCall]:
+    def _stack(self) -> list[RunningForward]:
         if not hasattr(self._running, "stack"):
             self._running.stack = []
         return self._running.stack
+
+    @property
+    def _awaited(self) -> list[nn.Module]:
+        """Modules that were called, whose forward is about to run."""
+        if not hasattr(self._running, "awaited"):
+            self._running.awaited = []
+        return self._running.awaited
+
+    def _enter_call(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(owner, args, kwargs)
+        self._awaited.append(owner)
+
+    def _leave_call(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if owner in self._awaited:  # its forward was another than its class's
+            self._awaited.remove(owner)
+        if self._stack:  # empty if another pre-hook failed before ours
+            self._leave(output)
 
     def _enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if owner.training and torch.is_grad_enabled():
             self._follow_checkpoints(owner)
         arguments = self._arguments("", args, kwargs)
-        self._stack.append(ForwardCall.of(owner, arguments, causal=self._causal, recurrences=self._recurrences))
+        self._stack.append(RunningForward.of(ForwardCall.of(owner, arguments, causal=self._causal)))
 
-    def _note_mask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _leave(self, output: Any) -> None:
+        running = self._stack.pop()
+        if output is not None:  # None after an exception
+            leave_states(running, output, self._recurrences)
+
+    def _note_part(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stack:
-            self._stack[-1].inner_masks[name] = self._arguments(name, args, kwargs).get("attention_mask")
+            self._stack[-1].parts[name] = self._arguments(name, args, kwargs)
 
     def _arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._argument_names[name], args, strict=False)) | kwargs
-
-    def _leave(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._stack:  # empty if another pre-hook failed before ours
-            call = self._stack.pop()
-            if output is not None:  # None after an exception
-                call.finish(output)
 
     def _follow_checkpoints(self, owner: nn.Module) -> None:
         # At each forward: checkpointing may be switched on at any time.
@@ -156,6 +204,37 @@ class ForwardContext:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _running=threading.local())
+        _record_direct_forwards(self._owner_class)  # in the process that loads a pickled model
+
+
+def _record_direct_forwards(cls: type[nn.Module]) -> None:
+    """Let `model.forward(...)` be recorded as a call of the model is; hooks see calls alone.
+
+    The forward of the model's class is wrapped, once, since a forward on the single model would be lost on copies
+    and on the replicas of `nn.DataParallel`. For models without a context nothing changes.
+    """
+    forward = cls.forward
+    if hasattr(forward, _RECORDED) or cls.__module__.partition(".")[0] == "torch":
+        return
+
+    @functools.wraps(forward)
+    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        context: ForwardContext | None = self.__dict__.get(_ATTRIBUTE)
+        if context is None or type(self).forward is not recorded:  # a subclass's forward calls this one
+            return forward(self, *args, **kwargs)
+        if context._awaited and context._awaited[-1] is self:
+            context._awaited.pop()
+            return forward(self, *args, **kwargs)
+        context._enter(self, args, kwargs)
+        output = None
+        try:
+            output = forward(self, *args, **kwargs)
+        finally:
+            context._leave(output)
+        return output
+
+    setattr(recorded, _RECORDED, True)
+    cls.forward = recorded  # type: ignore[method-assign]
 
 
 class _CheckpointInContext:
@@ -166,19 +245,19 @@ class _CheckpointInContext:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self.context.running()
-        if call is None:
+        running = self.context.running()
+        if running is None:
             return self.checkpoint(function, *args, **kwargs)
 
         def in_call(*args: Any, **kwargs: Any) -> Any:
-            with self.context.resumed(call):
+            with self.context.resumed(running):
                 return function(*args, **kwargs)
 
         return self.checkpoint(in_call, *args, **kwargs)
 
 
 def _without_context(function: Callable[..., Any], context: ForwardContext) -> Callable[..., Any]:
-    """`function` itself, unless it was made to recompute under calls of `context`: then what it was before."""
+    """Undo `_CheckpointInContext` for this context."""
     if not isinstance(function, _CheckpointInContext):
         return function
     inner = _without_context(function.checkpoint, context)

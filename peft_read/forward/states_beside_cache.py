@@ -7,7 +7,7 @@ only an index. They are narrow: `r` numbers a token and layer.
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 
 
 _ATTRIBUTE = "_read_states"
+_FOLLOWED = "_read_states_follow"
 _BLOCK = 64  # steps by which a history that has become too short grows
-# Where other models keep what they know of earlier tokens: Mamba, XLNet, Reformer, RWKV, XLM and streaming encoders.
-_FOREIGN_CACHES = ("cache_params", "mems", "past_buckets_states", "state", "cache", "padding_cache")
 
 
 class StateHistory:
@@ -92,27 +91,28 @@ class StateHistory:
 
 
 class RecurrentStates:
-    """All histories that belong to one cache, by the name of the recurrence."""
+    """All histories that belong to one cache, by the name of the recurrence; copied and pickled with the cache."""
 
     def __init__(self) -> None:
         self.histories: dict[str, StateHistory] = {}
+        self.followed: type | None = None
+        self.is_following = False
 
     @staticmethod
     def of(cache: Any) -> RecurrentStates | None:
         """Those of `cache`, None if it has none."""
-        return cache.__dict__.get(_ATTRIBUTE)
+        return getattr(cache, _ATTRIBUTE, None)
 
     @classmethod
     def beside(cls, cache: Any) -> RecurrentStates:
-        """Those of `cache`, made where it has none, and bound to what is done to it."""
+        """Those of `cache`, made where it has none."""
         states = cls.of(cache)
         if states is None:
             states = cls()
+            states.followed = type(cache)
+            if not torch.compiler.is_compiling():
+                follow(type(cache))
             setattr(cache, _ATTRIBUTE, states)
-            for name, method in _FOLLOWED.items():
-                if hasattr(type(cache), name):
-                    # On the instance: its class stays what it is, and a deep copy binds the method to itself.
-                    setattr(cache, name, types.MethodType(method, cache))
         return states
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -120,58 +120,75 @@ class RecurrentStates:
         for history in self.histories.values():
             history.map_rows(function)
 
-
-def _reorder_cache(self: Any, beam_idx: Tensor) -> None:
-    type(self).reorder_cache(self, beam_idx)
-    getattr(self, _ATTRIBUTE).map_rows(lambda steps: steps.index_select(0, beam_idx.to(steps.device)))
-
-
-def _batch_repeat_interleave(self: Any, repeats: int) -> None:
-    type(self).batch_repeat_interleave(self, repeats)
-    getattr(self, _ATTRIBUTE).map_rows(lambda steps: steps.repeat_interleave(repeats, dim=0))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.followed is not None:
+            follow(self.followed)  # in the process that loads a pickled cache
 
 
-def _batch_select_indices(self: Any, indices: Tensor) -> None:
-    type(self).batch_select_indices(self, indices)
-    getattr(self, _ATTRIBUTE).map_rows(lambda steps: steps[indices.to(steps.device)])
+def follow(cache_class: type) -> None:
+    """Let the methods of a class of caches that change the batch or the tokens change the states beside one as well.
+
+    The class's own methods are wrapped, once. Methods on the single cache would form a reference cycle with it, which
+    keeps its memory until Python's collector runs, and couldn't be pickled.
+    """
+    for base in cache_class.__mro__:
+        for name in _CHANGES:
+            method = base.__dict__.get(name)
+            if method is not None and not hasattr(method, _FOLLOWED):
+                setattr(base, name, _followed(name, method))
 
 
-def _crop(self: Any, *args: Any, **kwargs: Any) -> None:
-    type(self).crop(self, *args, **kwargs)
-    length = cached_length(self)
-    for history in getattr(self, _ATTRIBUTE).histories.values():
+def _followed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states: RecurrentStates | None = getattr(self, _ATTRIBUTE, None)
+        if states is None or states.is_following:  # a method may call its super class's, which is wrapped as well
+            return method(self, *args, **kwargs)
+        states.is_following = True
+        try:
+            result = method(self, *args, **kwargs)
+        finally:
+            states.is_following = False
+        _CHANGES[name](states, self, *args, **kwargs)
+        return result
+
+    setattr(run, _FOLLOWED, True)
+    return run
+
+
+def _reorder_cache(states: RecurrentStates, cache: Any, beam_idx: Tensor) -> None:
+    states.map_rows(lambda steps: steps.index_select(0, beam_idx.to(steps.device)))
+
+
+def _batch_repeat_interleave(states: RecurrentStates, cache: Any, repeats: int) -> None:
+    states.map_rows(lambda steps: steps.repeat_interleave(repeats, dim=0))
+
+
+def _batch_select_indices(states: RecurrentStates, cache: Any, indices: Tensor) -> None:
+    states.map_rows(lambda steps: steps[indices.to(steps.device)])
+
+
+def _crop(states: RecurrentStates, cache: Any, *args: Any, **kwargs: Any) -> None:
+    length = cached_length(cache)
+    for history in states.histories.values():
         if isinstance(length, int):
             history.length = min(history.length, length)
 
 
-def _reset(self: Any) -> None:
-    type(self).reset(self)
-    for history in getattr(self, _ATTRIBUTE).histories.values():
+def _reset(states: RecurrentStates, cache: Any) -> None:
+    for history in states.histories.values():
         history.length = 0
 
 
-_FOLLOWED: dict[str, Callable[..., None]] = {
+# What is done to a cache, and to the states beside it.
+_CHANGES: dict[str, Callable[..., None]] = {
     "reorder_cache": _reorder_cache,
     "batch_repeat_interleave": _batch_repeat_interleave,
     "batch_select_indices": _batch_select_indices,
     "crop": _crop,
     "reset": _reset,
 }
-
-
-def self_attention_cache(cache: Any) -> Any:
-    """The cache whose length counts a model's own tokens, None if there is none."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    return cache if hasattr(cache, "get_seq_length") else None
-
-
-def foreign_cache(arguments: dict[str, Any]) -> str | None:
-    """Name of an argument that holds what a model knows of earlier tokens, but not as a cache; None if none does."""
-    given = [name for name in _FOREIGN_CACHES if not isinstance(arguments.get(name), (Tensor, types.NoneType))]
-    cache = arguments.get("past_key_values")
-    if cache is not None and self_attention_cache(cache) is None:
-        given.append("past_key_values")
-    return next(iter(given), None)
 
 
 def cached_length(cache: Any) -> int | Tensor | None:

@@ -1,0 +1,138 @@
+"""One running forward: what it was given, as a record that nobody changes, and what its layers note while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import arguments as names
+from .description import Description, descriptions
+from .states_beside_cache import cached_length
+
+
+T = TypeVar("T")
+
+# By `model_type`: what these are given is the mask of one of their towers, while their own blocks see other tokens
+# (X-CLIP's the frames of a video).
+_MASK_OF_A_TOWER = ("xclip",)
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """What one forward was given that matters to a recurrence over its tokens.
+
+    Attributes:
+        causal: whether the model's tokens see only earlier ones.
+        pads_right: whether the model pads its tokens on the right to a whole number of windows.
+        attention: transformers' name of the attention implementation, None where a model has none.
+        tokens_shape: `(batch, time)` of the tokens, None if the model was given none.
+        mask: the model's own mask, in whatever form; None if it has none.
+        position_ids: the positions, if they were passed.
+        sequence_lengths: where packed sequences start and end, if that was passed.
+        cache: the cache that counts the model's own tokens, if one was passed.
+        past: tokens in it before this call, a tensor if its size is fixed; None if it doesn't count them.
+        makes_cache: whether the model may make a cache itself, and return it.
+        is_paged: whether requests share the cache page by page (continuous batching).
+        foreign_states: name of an argument that holds states of earlier tokens in another way, None if none does.
+        videos: `(videos, frames)` of the pictures, where they were passed with an axis of frames.
+        unread_masks: names of a model of one's own for arguments that it calls masks, of which nothing is read.
+        described: what `describe_tokens` says of this call, the innermost first.
+    """
+
+    causal: bool = False
+    pads_right: bool = False
+    attention: str | None = None
+    tokens_shape: tuple[int, int] | None = None
+    mask: Any = None
+    position_ids: Any = None
+    sequence_lengths: Any = None
+    cache: Any = None
+    past: int | Tensor | None = 0
+    makes_cache: bool = False
+    is_paged: bool = False
+    foreign_states: str | None = None
+    videos: tuple[int, int] | None = None
+    unread_masks: tuple[str, ...] = ()
+    described: tuple[Description, ...] = ()
+
+    @classmethod
+    def of(cls, owner: nn.Module, arguments: dict[str, Any], *, causal: bool) -> ForwardCall:
+        """Read the arguments of a forward, at its start: later its cache already holds its own tokens."""
+        given = (arguments.get(name) for name in names.TOKENS)
+        tokens = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
+        cache = names.find_cache(arguments.values())
+        config = getattr(owner, "config", None)
+        use_cache = arguments.get("use_cache")
+        return cls(
+            causal=causal,
+            pads_right=hasattr(config, "attention_window"),
+            attention=getattr(config, "_attn_implementation", None),
+            tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
+            mask=None if getattr(config, "model_type", None) in _MASK_OF_A_TOWER else names.find_mask(arguments),
+            position_ids=arguments.get(names.POSITIONS),
+            sequence_lengths=arguments.get(names.SEQUENCE_LENGTHS),
+            cache=cache,
+            past=0 if cache is None else cached_length(cache),
+            makes_cache=causal and bool(getattr(config, "use_cache", False) if use_cache is None else use_cache),
+            is_paged=arguments.get(names.PAGES) is not None,
+            foreign_states=names.find_foreign_states(arguments),
+            videos=_videos(arguments),
+            unread_masks=() if isinstance(owner, PreTrainedModel) else _unread_masks(arguments),
+            described=descriptions(),
+        )
+
+
+@dataclass
+class RunningForward:
+    """A forward while it runs: its `ForwardCall`, and what the layers of it share.
+
+    Attributes:
+        call: what it was given.
+        backward: number of the backward pass in which it runs, -1 outside of one.
+        parts: the arguments that parts of the model were given, such as the encoder above the adapted blocks, by name.
+        left: what the recurrences leave for the next call, by name; None where there is no next one.
+    """
+
+    call: ForwardCall
+    backward: int = -1
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left: dict[str, Any] | None = None
+    _known: dict[Hashable, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, call: ForwardCall) -> RunningForward:
+        """A forward that starts now. States are left beside a cache alone, so only where there may be one."""
+        return cls(call, backward_pass(), left={} if call.cache is not None or call.makes_cache else None)
+
+    def again(self) -> RunningForward:
+        """The same forward where a checkpoint runs a part of it: there it leaves no states, which would keep memory."""
+        return RunningForward(self.call, backward_pass(), self.parts, None, self._known)
+
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What `find` finds, for all layers of this forward: some answers take a look at values on the device."""
+        if key not in self._known:
+            self._known[key] = find()
+        return self._known[key]
+
+
+def backward_pass() -> int:
+    """Number of the backward pass that runs in this thread, -1 outside of one."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _videos(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """Of `pixel_values` and the like the first two of five axes or more: `(videos, frames, channels, rows, columns)`."""
+    for name, value in arguments.items():
+        if name.startswith("pixel_values") and isinstance(value, Tensor) and value.ndim >= 5:
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def _unread_masks(arguments: dict[str, Any]) -> tuple[str, ...]:
+    known = {*names.MASKS, *names.PADDING_MASKS}
+    return tuple(n for n, value in arguments.items() if "mask" in n and n not in known and isinstance(value, Tensor))

@@ -1,0 +1,10 @@
+"""Whether somebody looks on while a forward runs, to compile, export or record it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_tracing() -> bool:
+    """Whether a compiler, an exporter or `torch.jit.trace` looks on: then no decision may depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
