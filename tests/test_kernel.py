@@ -227,6 +227,45 @@ def test_the_switch(monkeypatch):
         recurrent_scan(x, cell.float().cpu())
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_without_tf32_torch_s_kernel_is_called_as_ever(name, monkeypatch):
+    """Same results and gradients; the setting is the strict one in both passes, and as it was between them."""
+    cell, x, state = make(name, time=6)
+    setting, seen = torch.backends.cudnn.rnn, []
+    assert setting.fp32_precision == "tf32"  # torch's default
+    original = eager._run_torch
+
+    def spy(*args):
+        outputs = original(*args)
+        seen.append(setting.fp32_precision)
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(lambda grad: seen.append(setting.fp32_precision))
+        return outputs
+
+    monkeypatch.setattr(eager, "_run_torch", spy)
+
+    def run(x, cell, state):
+        start = [state[0], state[1]] if isinstance(cell, nn.LSTM) else [state]
+        kind = "rnn_relu" if name == "relu" else "rnn_tanh" if name == "rnn" else name
+        outputs, *final = eager._WithoutTF32.apply(kind, len(start), x, *start, *cell.parameters())
+        return outputs, tuple(final) if len(final) > 1 else final[0]
+
+    expected = results(lambda x, cell, state: cell(x, state), cell, x, state)
+    torch.testing.assert_close(results(run, cell, x, state), expected, rtol=1e-6, atol=1e-6)
+    assert seen == ["ieee", "ieee"]
+    with torch.no_grad():
+        assert not run(x, cell, (state[0], state[1]) if name == "lstm" else state[0])[0].requires_grad
+    assert setting.fp32_precision == "tf32"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("name", CELLS)
+def test_cudnn_is_as_exact_and_does_not_warn(name, monkeypatch):
+    """What runs where the kernels can't: in float32, with weights that lie in memory as cuDNN wants them."""
+    monkeypatch.setenv(SWITCH, "torch")
+    check(*make(name, size=16, time=300))
+
+
 COMPILE = """
 import functools
 import sys

@@ -5,7 +5,7 @@
 Both models have the blocks of a common base (BERT-base; a Llama of the same width), frozen, in float32 with random
 weights; `--base Llama-1B --dtype bfloat16` is for GPUs. All variants take turns step by step in one process; a ratio
 is the median over the rounds of the step's time over that of the plain bottleneck in the same round. Peak memory is
-that of a process of its own on CPU, what CUDA allocated at most on a GPU.
+that of a process of its own on CPU; on a GPU what CUDA has allocated at most for a variant's model and its steps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -55,12 +56,12 @@ class Step:
     def __init__(self, base: str, variant: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = BASES[base](args.layers).to(getattr(torch, args.dtype))
+        with self.device:  # random weights take a GPU no time
+            model = BASES[base](args.layers).to(getattr(torch, args.dtype))
+            self.head = nn.Linear(model.config.hidden_size, 2)
         make_config = VARIANTS[variant]
         self.model = model.requires_grad_(False) if make_config is None else get_peft_model(model, make_config(args.r))
-        self.head = nn.Linear(model.config.hidden_size, 2)
         self.model.to(self.device).train()
-        self.head.to(self.device)
         trained = [p for p in (*self.model.parameters(), *self.head.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-3)
         if args.compile:
@@ -80,14 +81,29 @@ class Step:
         return time.perf_counter() - start
 
 
-def peak_memory(base: str, variant: str, args: argparse.Namespace) -> float:
-    """MiB that a process needs at most for two steps."""
+def memory_of_processes(base: str, args: argparse.Namespace) -> dict[str, float]:
+    """MiB that a process of its own needs at most for two steps of each variant."""
+    # A process counts what the one that has started it held by then. So this comes before any step is built here.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        return {variant: pool.submit(memory_of_process, base, variant, args).result() for variant in args.variants}
+
+
+def memory_of_process(base: str, variant: str, args: argparse.Namespace) -> float:
+    """MiB that this process has needed at most after two steps."""
     step = Step(base, variant, args)
     step()
     step()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def memory_on_gpu(make_step: Callable[[], Step]) -> tuple[Step, float]:
+    """A step that has run twice, and the MiB that CUDA has allocated for it at most."""
+    before = torch.cuda.memory_allocated()  # by the variants that are there already
+    step = make_step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    step()
+    return step, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def main() -> None:
@@ -101,20 +117,25 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the base's weights, as torch calls it")
     parser.add_argument("--compile", action="store_true", help="compile every variant's model")
     parser.add_argument("--rounds", type=int, default=7, help="steps of every variant that are timed")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="what to measure")
     args = parser.parse_args()
+    args.variants = [variant for variant in VARIANTS if variant == BASELINE or variant in args.variants]
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{hardware}, torch {torch.__version__}; {args.layers} blocks, batch {args.batch}, r = {args.r}")
     for base in args.base:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            memory = {variant: pool.submit(peak_memory, base, variant, args).result() for variant in VARIANTS}
-        steps = {variant: Step(base, variant, args) for variant in VARIANTS}
-        for step in steps.values():
-            step()
+        steps: dict[str, Step] = {}
+        memory = {} if torch.cuda.is_available() else memory_of_processes(base, args)
+        for variant in args.variants:
+            if torch.cuda.is_available():
+                steps[variant], memory[variant] = memory_on_gpu(partial(Step, base, variant, args))
+            else:
+                steps[variant] = Step(base, variant, args)
+                steps[variant]()
         rounds = [{variant: step() for variant, step in steps.items()} for _ in range(args.rounds)]
         seconds = statistics.median(r[BASELINE] for r in rounds)
         print(f"\n{base}-shaped, L = {args.length}: bottleneck {seconds:.3f} s a step, {memory[BASELINE]:.0f} MiB\n")
         print("| method | step time | spread | peak memory |\n|---|---|---|---|")
-        for variant in VARIANTS:
+        for variant in args.variants:
             ratios = [r[variant] / r[BASELINE] for r in rounds]
             spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
             memory_ratio = memory[variant] / memory[BASELINE]

@@ -31,8 +31,9 @@ class Compaction:
         # Before the first valid step an output is the initial state, which lies behind all outputs.
         self._output = torch.where(count > 0, last, starts).flatten()
         place = torch.where(mask, last, ends).flatten()  # padding is at the end of its row
-        # It may hold anything, NaN too, of which gradients of zero would make NaN: a valid step stands in for it.
-        valid = mask.view(torch.uint8).argmax()
+        # It may hold anything, NaN too, of which gradients of zero would make NaN: a valid step stands in for it. The
+        # first step at which a row's count is the largest of all counts is a valid one.
+        valid = count.argmax()
         self._source = torch.where(self.padding.flatten(), valid, steps.scatter(0, place, steps))
 
     def front(self, x: Tensor) -> Tensor:

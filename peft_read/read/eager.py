@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .parallel import GatedScan, VanillaScan
 
 
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 SWITCH = "PEFT_READ_SCAN"  # environment variable that forces what else is chosen by device, see `recurrent_scan`
+CUDNN: Any = torch.backends.cudnn.rnn  # torch's settings for it, more than a module's attributes
 WIDEST_KERNEL = 128  # states, whose recurrent matrix fits into a program's registers
 
 
@@ -134,8 +139,59 @@ def _with_biases(weights: list[Tensor]) -> list[Tensor]:
 
 
 def _scan_by_torch(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    if x.is_cuda and x.dtype == torch.float32 and CUDNN.fp32_precision == "tf32":
+        return list(_WithoutTF32.apply(kind, len(start), x, *start, *weights))
+    return _run_torch(kind, x, weights, start)
+
+
+def _run_torch(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+    if x.is_cuda:  # cuDNN wants the weights behind each other in memory; a copy made here is one that it needn't make
+        chunk = torch.cat([weight.flatten() for weight in weights])
+        parts = chunk.split([weight.numel() for weight in weights])
+        weights = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
     # `train=True` keeps what the backward pass needs: cuDNN refuses it for a cell in eval mode otherwise.
     rest = (weights, len(weights) == 4, 1, 0.0, torch.is_grad_enabled(), False, True)
     initial = [part.contiguous() for part in start]
     kernel = getattr(torch, kind)
     return list(kernel(x, initial if kind == "lstm" else initial[0], *rest))
+
+
+class _WithoutTF32(torch.autograd.Function):
+    """`_run_torch` in float32: cuDNN may round every factor of a product to TF32 otherwise, as torch lets it.
+
+    The backward pass obeys the setting of its own time, long after the forward pass. So this function keeps the graph
+    of the forward pass to itself, and runs it with the setting that it needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kind: str, states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(any(ctx.needs_input_grad)), _tf32_forbidden():
+            leaves = [
+                tensor.detach().requires_grad_(needed)
+                for tensor, needed in zip((x, *tensors), ctx.needs_input_grad[2:], strict=True)
+            ]
+            outputs = _run_torch(kind, leaves[0], leaves[1 + states :], leaves[1 : 1 + states])
+        ctx.leaves, ctx.outputs = leaves, outputs
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [(output, grad) for output, grad in zip(ctx.outputs, grads, strict=True) if grad is not None]
+        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        outputs, grads = zip(*given, strict=True)
+        with _tf32_forbidden():
+            # The graph stays for whoever runs backward twice; it goes when this function's own node does.
+            found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True))
+        return None, None, *(next(found) if leaf.requires_grad else None for leaf in ctx.leaves)
+
+
+@contextmanager
+def _tf32_forbidden() -> Iterator[None]:
+    before = CUDNN.fp32_precision
+    CUDNN.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        CUDNN.fp32_precision = before
