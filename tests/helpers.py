@@ -132,6 +132,18 @@ def strengthen(model, seed=0, adapter_name="default"):
     return model
 
 
+def enable_checkpointing(model, use_reentrant=False):
+    """Let the model's own blocks be computed again in the backward pass."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    options = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+    # A reentrant checkpoint makes gradients only if its input has some; PEFT's Trainers do this as well.
+    model.enable_input_require_grads()
+
+
 def hide_masks(monkeypatch):
     """Keep every mask from the adapters, as a control: a test of padding has to see that."""
     monkeypatch.setattr("peft_read.read.layer.padding_of", lambda *_: None)

@@ -8,7 +8,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM, XLNetConfig, XLNetModel
 
-from peft_read import ReadConfig
+from peft_read import ReadConfig, describe_tokens
 from peft_read.read.layer import ReadLayer
 
 
@@ -108,7 +108,8 @@ def test_bidirectional_encoders(family):
     x = torch.randn(1, 6, layer.in_features, generator=torch.Generator().manual_seed(0))
     changed = x.clone()
     changed[:, -1] += 1
-    assert (layer(changed)[:, 0] - layer(x)[:, 0]).abs().max() > 100 * CLOSE["atol"]
+    with describe_tokens():
+        assert (layer(changed)[:, 0] - layer(x)[:, 0]).abs().max() > 100 * CLOSE["atol"]
 
 
 @pytest.mark.parametrize(("family", "targets"), [("bart", r"encoder\..*fc2"), ("t5", r"encoder\..*\.wo")])
@@ -142,7 +143,8 @@ def test_recurrence_over_frames(cell, bidirectional):
             states = layer.read_recurrence["default"](steps[None])[0]
             delta = layer.read_upward["default"](nn.functional.gelu(states))
             expected[rows, position] = hidden[rows, position] + delta
-    torch.testing.assert_close(layer(x), expected, **CLOSE)
+    with describe_tokens():
+        torch.testing.assert_close(layer(x), expected, **CLOSE)
     with torch.no_grad():
         together = model(pixel_values=images(videos * frames)).last_hidden_state
         alone = model(pixel_values=images(videos * frames)[frames:]).last_hidden_state

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from generators import (
+    CACHE,
     DECODER,
     OPTIONS,
     assert_same,
@@ -91,11 +92,14 @@ def test_a_cache_that_does_not_count():
         state_before(call, "a recurrence", slice(None))
 
 
-@pytest.mark.parametrize(("model", "name"), [(mamba, "cache_params"), (rwkv, "state")])
-def test_states_of_other_kinds(model, name):
-    """Models that carry earlier tokens' states in an argument of their own."""
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(mamba, "tokens that it doesn't count"), (rwkv, "`(state|cache)`")],
+)
+def test_states_of_other_kinds(model, message):
+    """Models that carry earlier tokens' states in an argument of their own, or in a cache that doesn't count."""
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=f"`{name}`.*use_cache=False"):
+    with pytest.raises(ValueError, match=f"{message}.*use_cache=False"):
         generate(model(), {"input_ids": random_ids(2, 6)})
 
 
@@ -140,7 +144,7 @@ def test_whisper_makes_another_cache():
     cached, uncached = (model.generate(**prompt("whisper", (1,)), **options, use_cache=use) for use in (True, False))
     assert_same(cached, uncached)
     with pytest.raises(ValueError, match="can't continue from this cache"):
-        step("whisper", model, random_ids(1, 2), getattr(cached, "past_key_values"))
+        step("whisper", model, random_ids(1, 2), getattr(cached, CACHE))
 
 
 @torch.no_grad()

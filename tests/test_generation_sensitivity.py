@@ -19,6 +19,7 @@ from helpers import hide_masks
 from test_generation import BATCH_MODES, assistant_of, repeating
 
 from peft_read.forward import states_beside_cache
+from peft_read.forward.arguments import own_cache
 from peft_read.forward.states_beside_cache import StateHistory
 
 
@@ -120,7 +121,7 @@ def test_copies(family):
     cache = empty_cache(family, model)
     step(family, model, prefix, cache)
     twin = copy.deepcopy(cache)
-    shared, own = (decoding.RecurrentStates.of(decoding.self_attention_cache(c)) for c in (cache, twin))
+    shared, own = (states_beside_cache.RecurrentStates.of(own_cache(c)) for c in (cache, twin))
     assert shared is not own
     own.histories = shared.histories
     for one, seed in ((cache, 1), (twin, 2)):

@@ -123,8 +123,11 @@ def read_pairs(visible: Tensor) -> Pairs:
     later = seen.triu(1)
     newest = torch.where(later.any(2), time - 1 - later.flip(2).to(torch.uint8).argmax(2), index)
     keeps_order = only_valid & (sees_all | ~valid).all() & (newest <= end).all()
-    until = torch.minimum(end, index + (newest - index).amax())
+    ahead = (newest - index).amax()
+    until = torch.minimum(end, index + ahead)
     sees_ahead = ((later.sum(2) == count.gather(1, until + 1) - count[:, 1:]) | ~valid).all()
+    has_later = valid & (count.gather(1, end + 1) > count[:, 1:])
+    sees_ahead &= (ahead > 0) | ~has_later.any()
     return Pairs(starts, keeps_order, sees_ahead)
 
 

@@ -13,6 +13,7 @@ from models import WIDTH, base_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_read import describe_tokens
 from peft_read.read.layer import ReadLayer
 
 
@@ -145,11 +146,20 @@ def test_an_inner_model_called_alone():
 
 
 def test_a_layer_called_alone():
-    """Outside any forward a layer takes its input as one unpadded sequence a row."""
+    """Outside any forward a layer of a transformers model has to be told which tokens are padding."""
     model = adapted("bert", cell="gru")
     layer = model.get_base_model().encoder.layer[0].output.dense
     x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer(x)[1:], layer(x[1:]), **CLOSE)
+    with pytest.raises(RuntimeError, match=r"encoder\.layer\.0\.output\.dense runs outside of a call.*describe_tokens"):
+        layer(x)
+    with describe_tokens():
+        torch.testing.assert_close(layer(x)[1:], layer(x[1:]), **CLOSE)
+    valid = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    with describe_tokens(valid):
+        padded = layer(x)
+    with describe_tokens():
+        torch.testing.assert_close(padded[1:, 2:], layer(x[1:, 2:]), **CLOSE)
+    assert adapted("bert", cell="none").get_base_model().encoder.layer[0].output.dense(x).shape == padded.shape
 
 
 def test_threads_with_masks_of_their_own():

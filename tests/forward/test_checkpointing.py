@@ -9,6 +9,7 @@ from helpers import (
     adapted,
     adapter_parameters,
     batch_of,
+    enable_checkpointing,
     hide_masks,
     loss_of,
     padding_mask,
@@ -42,17 +43,6 @@ PADDED = [
     ("clip", "left"),
     ("vit", None),
 ]
-
-
-def enable_checkpointing(model, use_reentrant):
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    options = {"use_reentrant": use_reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
-    # A reentrant checkpoint makes gradients only if its input has some; PEFT's Trainers do this as well.
-    model.enable_input_require_grads()
 
 
 def prepare_images(family, batch):

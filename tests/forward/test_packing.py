@@ -6,7 +6,8 @@ from generators import CACHE, DECODERS, ERROR, VISIBLE, generator
 from helpers import adapted, adapter_parameters, token_rows
 from transformers import DataCollatorWithFlattening
 
-from peft_read.forward.call import ForwardCall
+from peft_read.forward.call import ForwardCall, RunningForward
+from peft_read.forward.packing import starts_of
 
 
 LENGTHS = (5, 1, 3, 4)
@@ -59,7 +60,7 @@ def test_a_leak_would_show(family, monkeypatch):
     """With one state for the whole row the tests above fail by far."""
     model = generator(family)
     rows, batch = packed()
-    monkeypatch.setattr(ForwardCall, "segments", lambda self: None)
+    monkeypatch.setattr("peft_read.read.layer.starts_of", lambda *_, **__: None)
     error = (model(**batch).logits[0] - alone(model, rows)).abs().amax(-1)
     assert error[: LENGTHS[0]].max() < 1e-5
     assert error[LENGTHS[0] :].min() > VISIBLE
@@ -98,31 +99,34 @@ def test_transformers_collator(family, lengths_too):
     assert batch["labels"][0, starts].eq(-100).all()
 
 
-def call_of(**arguments):
+def starts(**arguments):
+    """Where the second and later sequences of a row of six tokens begin."""
     ids = torch.zeros(1, 6, dtype=torch.long)
-    return ForwardCall.of(torch.nn.Identity(), {"input_ids": ids} | arguments, causal=True)
+    call = ForwardCall.of(torch.nn.Identity(), {"input_ids": ids} | arguments, causal=True)
+    found = starts_of(RunningForward.of(call), (1, 6), "a module", None, both_ways=False)
+    return None if found is None else found[0].nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize(
-    ("given", "segments"),
+    ("given", "expected"),
     [
-        ([0, 1, 2, 0, 1, 2], [3, 3]),
-        ([0, 0, 1, 2, 3, 4], [1, 5]),
-        ([0, 1, 5, 6, 7, 8], [2, 4]),
+        ([0, 1, 2, 0, 1, 2], [3]),
+        ([0, 0, 1, 2, 3, 4], [1]),
+        ([0, 1, 5, 6, 7, 8], [2]),
         ([3, 4, 5, 6, 7, 8], None),
-        ([0, 0, 0, 0, 0, 0], [1] * 6),
+        ([0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5]),
     ],
 )
-def test_where_a_row_is_cut(given, segments):
+def test_where_a_row_is_cut(given, expected):
     """Wherever positions don't rise by one, as transformers does; a row may begin at any."""
-    assert call_of(position_ids=torch.tensor([given])).segments() == segments
+    assert starts(position_ids=torch.tensor([given])) == expected
 
 
 def test_where_lengths_are_given():
     """They count, whatever else is there."""
     cut = torch.tensor([0, 2, 6], dtype=torch.int32)
-    assert call_of(cu_seq_lens_q=cut, position_ids=torch.arange(6)[None]).segments() == [2, 4]
-    assert call_of(cu_seq_lens_q=cut).segments() == [2, 4]
+    assert starts(cu_seq_lens_q=cut, position_ids=torch.arange(6)[None]) == [2]
+    assert starts(cu_seq_lens_q=cut) == [2]
 
 
 def test_lengths_of_other_tokens_are_refused():
