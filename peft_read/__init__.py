@@ -22,6 +22,7 @@ from .pvla.transport import partial_transport  # noqa: E402
 from .forward.description import describe_tokens  # noqa: E402
 from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
+from .read.onnx_operators import onnx_translations  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
 from .read.targets import find_feed_forward_outputs  # noqa: E402
 from .trimodal.configuration import TrimodalConfig  # noqa: E402
@@ -56,6 +57,7 @@ __all__ = [
     "describe_adapter",
     "describe_tokens",
     "find_feed_forward_outputs",
+    "onnx_translations",
     "partial_transport",
     "plot_plan",
     "recurrent_scan",

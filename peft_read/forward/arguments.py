@@ -17,6 +17,8 @@ PADDING_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_ma
 # torch's: which pairs of tokens may not meet.
 PAIR_MASKS = ("src_mask", "tgt_mask", "attn_mask", "mask")
 POSITIONS = "position_ids"
+# What of a part's arguments is kept while a forward runs: not its hidden states, which would keep their memory.
+OF_PARTS = (*MASKS, *PADDING_MASKS, *PAIR_MASKS)
 SEQUENCE_LENGTHS = "cu_seq_lens_q"  # where packed sequences start and end, for flash attention
 # Only continuous batching passes it: requests share the cache page by page.
 PAGES = "write_index"

@@ -94,7 +94,8 @@ class RunningForward:
     Attributes:
         call: what it was given.
         backward: number of the backward pass in which it runs, -1 outside of one.
-        parts: the arguments that parts of the model were given, such as the encoder above the adapted blocks, by name.
+        parts: the masks that parts of the model were given, such as the encoder above the adapted blocks, by name of
+            the part and of the argument.
         left: what the recurrences leave for the next call, by name; None where there is no next one.
     """
 

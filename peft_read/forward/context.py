@@ -30,6 +30,8 @@ from .states_beside_cache import follow
 
 _ATTRIBUTE = "_read_forward_context"
 _RECORDED = "_read_records_calls"
+# What a model is asked for without being called: by `model.forward(...)`, and for the features of one of its towers.
+_METHODS = ("forward", "get_image_features", "get_video_features", "get_audio_features", "get_text_features")
 # Where transformers' blocks, and torch's own checkpoint wrapper, keep the function that checkpoints them.
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -65,13 +67,13 @@ class ForwardContext:
         context: ForwardContext | None = owner.__dict__.get(_ATTRIBUTE)
         if context is None:
             context = cls(causal, type(owner))
-            context._argument_names[""] = _positional_names(owner)
+            context._argument_names[""] = _positional_names(type(owner).forward)
             context._handles = [
                 owner.register_forward_pre_hook(context._enter_call, with_kwargs=True),
                 owner.register_forward_hook(context._leave_call, always_call=True),
             ]
             setattr(owner, _ATTRIBUTE, context)
-            _record_direct_forwards(type(owner))
+            _record_methods(type(owner))
             follow(Cache)
         return context
 
@@ -89,7 +91,7 @@ class ForwardContext:
         parts = path.split(".")[:-1]
         for name in itertools.accumulate(parts, "{}.{}".format):
             module = owner.get_submodule(name)
-            positional = _positional_names(module)
+            positional = _positional_names(type(module).forward)
             if not {"attention_mask", *names.PADDING_MASKS}.intersection(positional):
                 continue
             if name not in self._argument_names:
@@ -164,7 +166,7 @@ class ForwardContext:
         return self._running.awaited
 
     def _enter_call(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._enter(owner, args, kwargs)
+        self._enter(owner, self._arguments("", args, kwargs))
         self._awaited.append(owner)
 
     def _leave_call(self, owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -173,10 +175,9 @@ class ForwardContext:
         if self._stack:  # empty if another pre-hook failed before ours
             self._leave(output)
 
-    def _enter(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, owner: nn.Module, arguments: dict[str, Any]) -> None:
         if owner.training and torch.is_grad_enabled():
             self._follow_checkpoints(owner)
-        arguments = self._arguments("", args, kwargs)
         self._stack.append(RunningForward.of(ForwardCall.of(owner, arguments, causal=self._causal)))
 
     def _leave(self, output: Any) -> None:
@@ -186,7 +187,8 @@ class ForwardContext:
 
     def _note_part(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stack:
-            self._stack[-1].parts[name] = self._arguments(name, args, kwargs)
+            given = self._arguments(name, args, kwargs)
+            self._stack[-1].parts[name] = {kept: given[kept] for kept in names.OF_PARTS if kept in given}
 
     def _arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._argument_names[name], args, strict=False)) | kwargs
@@ -204,37 +206,44 @@ class ForwardContext:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _running=threading.local())
-        _record_direct_forwards(self._owner_class)  # in the process that loads a pickled model
+        _record_methods(self._owner_class)  # in the process that loads a pickled model
 
 
-def _record_direct_forwards(cls: type[nn.Module]) -> None:
-    """Let `model.forward(...)` be recorded as a call of the model is; hooks see calls alone.
+def _record_methods(cls: type[nn.Module]) -> None:
+    """Let `model.forward(...)` and the like be recorded as a call of the model is; hooks see calls alone.
 
-    The forward of the model's class is wrapped, once, since a forward on the single model would be lost on copies
-    and on the replicas of `nn.DataParallel`. For models without a context nothing changes.
+    The methods of the model's class are wrapped, once, since methods on the single model would be lost on copies and
+    on the replicas of `nn.DataParallel`. For models without a context nothing changes.
     """
-    forward = cls.forward
-    if hasattr(forward, _RECORDED) or cls.__module__.partition(".")[0] == "torch":
+    if cls.__module__.partition(".")[0] == "torch":
         return
+    for name in _METHODS:
+        method = getattr(cls, name, None)
+        if method is not None and not hasattr(method, _RECORDED):
+            setattr(cls, name, _recorded(name, method))
 
-    @functools.wraps(forward)
-    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+
+def _recorded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    argument_names = _positional_names(method)
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         context: ForwardContext | None = self.__dict__.get(_ATTRIBUTE)
-        if context is None or type(self).forward is not recorded:  # a subclass's forward calls this one
-            return forward(self, *args, **kwargs)
-        if context._awaited and context._awaited[-1] is self:
+        if context is None or getattr(type(self), name) is not run:  # a subclass's method calls this one
+            return method(self, *args, **kwargs)
+        if name == "forward" and context._awaited and context._awaited[-1] is self:
             context._awaited.pop()
-            return forward(self, *args, **kwargs)
-        context._enter(self, args, kwargs)
+            return method(self, *args, **kwargs)
+        context._enter(self, dict(zip(argument_names, args, strict=False)) | kwargs)
         output = None
         try:
-            output = forward(self, *args, **kwargs)
+            output = method(self, *args, **kwargs)
         finally:
             context._leave(output)
         return output
 
-    setattr(recorded, _RECORDED, True)
-    cls.forward = recorded  # type: ignore[method-assign]
+    setattr(run, _RECORDED, True)
+    return run
 
 
 class _CheckpointInContext:
@@ -266,7 +275,7 @@ def _without_context(function: Callable[..., Any], context: ForwardContext) -> C
     return function if inner is function.checkpoint else _CheckpointInContext(function.context, inner)
 
 
-def _positional_names(module: nn.Module) -> list[str]:
-    # Of the class: accelerate puts a function of its own in place of an instance's forward.
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+def _positional_names(method: Callable[..., Any]) -> list[str]:
+    """Names of a method's arguments by position. Of the class's: accelerate puts one of its own on an instance."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -57,12 +57,12 @@ def starts_of(
     description = description_of(module_name, call.described)
     if description is not None:
         return described_starts(description.sequence_ids, shape, module_name)
-    given = running.parts.get(part, {}) if part else {}
+    given = running.parts.get(part) if part else None
 
     def find() -> Tensor | None:
         pairs = _pairs_of(call.mask, shape, call.past)
         if pairs is None:
-            pairs = _torch_pairs(given, shape)
+            pairs = _torch_pairs(given or {}, shape)
         if pairs is not None:
             return _checked(pairs, module_name, has_past=not _starts_empty(call.past), both_ways=both_ways)
         if call.mask is not None or call.tokens_shape is None or tuple(call.tokens_shape) != tuple(shape):
@@ -197,7 +197,7 @@ def _starts_of_lengths(edges: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _starts_of_positions(
-    running: RunningForward, shape: tuple[int, int], given: dict[str, Any], module_name: str, *, both_ways: bool
+    running: RunningForward, shape: tuple[int, int], given: dict[str, Any] | None, module_name: str, *, both_ways: bool
 ) -> Tensor | None:
     """Positions that begin again separate sequences where the model's attention does: see what its blocks are given."""
     call, positions = running.call, running.call.position_ids
@@ -211,7 +211,7 @@ def _starts_of_positions(
     else:
         return None
     starts = _from_second(begins).expand(shape)
-    mask = given.get("attention_mask")
+    mask = None if given is None else given.get("attention_mask")
     uses_kernel = call.attention not in (None, "sdpa", "eager", "flex_attention")
     if not call.causal and not uses_kernel:
         return None  # attention in both directions goes across, whatever the positions are
@@ -221,7 +221,7 @@ def _starts_of_positions(
     if pairs is not None:
         return _checked(pairs, module_name, has_past=False, both_ways=both_ways)
     is_blocks = mask is not None and not isinstance(mask, Tensor)  # flex attention's
-    if is_blocks or not given or (uses_kernel and shape[0] == 1 and positions.ndim == 2):
+    if is_blocks or given is None or (uses_kernel and shape[0] == 1 and positions.ndim == 2):
         return starts
     if is_tracing():
         return None  # without a mask the attention goes across as well

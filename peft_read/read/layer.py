@@ -227,12 +227,12 @@ class ReadLayer(AdapterLayer):
 
     def _recur_over_frames(self, cell: Recurrence, frames: int, x: Tensor, valid: Tensor | None) -> Tensor:
         """Each token position's state over the frames of its video: `(videos * frames, tokens, r)`."""
+        self._check_videos(frames, x.shape[0])
         if x.shape[0] % frames:
             raise ValueError(
                 f"READ at {self.module_name} recurs over num_frames={frames} frames a video, which doesn't divide its "
                 f"batch of {x.shape[0]} images. Give whole videos, or set `num_frames` to the frames that they have."
             )
-        self._check_videos(frames, x.shape[0])
         tokens = x.shape[1]
         x = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)
         if valid is not None:

@@ -139,7 +139,9 @@ def attention_beside(model: nn.Module, name: str) -> list[nn.MultiheadAttention]
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         module = model.get_submodule(".".join(parts[:end]))
-        found = [inner for inner in module.modules() if isinstance(inner, nn.MultiheadAttention)]
+        lists = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList)]
+        others = {inner for blocks in lists for inner in blocks.modules()}
+        found = [m for m in module.modules() if isinstance(m, nn.MultiheadAttention) and m not in others]
         if found or (end and parts[end - 1].isdigit()):  # the block itself, as a member of a list
             return found
     return []
@@ -186,22 +188,21 @@ def _model_type(owner: nn.Module) -> str:
 
 def _modules(model: nn.Module, without: Set[nn.Module] = frozenset()) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` of the base model: what is adapted goes by its wrapper's name, adapters don't occur."""
-    seen = set(without)
+    return _walk(model, "", set(without))
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        path = name
-        while isinstance(module, BaseTunerLayer) and module not in seen:
-            seen.add(module)
-            module, path = cast(nn.Module, module.base_layer), _join(path, "base_layer")
-        # What is in `modules_to_save` is trained as a whole, and there in several copies.
-        if module in seen or isinstance(module, AuxiliaryTrainingWrapper):
-            return
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    path = name
+    while isinstance(module, BaseTunerLayer) and module not in seen:
         seen.add(module)
-        yield name, module
-        for child_name, child in module.named_children():
-            yield from walk(child, _join(path, child_name))
-
-    return walk(model, "")
+        module, path = cast(nn.Module, module.base_layer), _join(path, "base_layer")
+    # What is in `modules_to_save` is trained as a whole, and there in several copies.
+    if module in seen or isinstance(module, AuxiliaryTrainingWrapper):
+        return
+    seen.add(module)
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _walk(child, _join(path, child_name), seen)
 
 
 def _left_out(model: nn.Module) -> set[nn.Module]:
