@@ -124,6 +124,24 @@ def test_a_batch_with_an_adapter_per_row(family, options):
             torch.testing.assert_close(mine[row], other[row], **ERROR)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bart"])
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": True, "num_return_sequences": 3}, {"num_beams": 4, "num_return_sequences": 2}],
+    ids=["samples", "beams"],
+)
+def test_several_sequences_of_a_batch_with_an_adapter_per_row(family, options):
+    """`generate` makes several rows of a prompt; all go with the prompt's adapter."""
+    model, batch, names = two_adapters(family), prompt(family), ["second", "__base__", "default"]
+    count = options["num_return_sequences"]
+    mixed = generate(model, batch, **options, adapter_names=names).sequences.unflatten(0, (len(names), count))
+    for row, name in enumerate(names):
+        activate(model, name)
+        alone = generate(model, batch, **options).sequences.unflatten(0, (len(names), count))
+        activate(model, "default")
+        assert torch.equal(mixed[row], alone[row])
+
+
 @pytest.mark.parametrize("family", [*DECODERS, "bart"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 def test_two_active_adapters(family, options):
