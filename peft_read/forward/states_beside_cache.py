@@ -206,5 +206,4 @@ def cached_length(cache: Any) -> int | Tensor | None:
 
 def capacity_of(cache: Any) -> int:
     """Positions that a cache of fixed size has."""
-    get = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
-    return get()
+    return cache.get_max_length()
