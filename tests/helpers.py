@@ -2,13 +2,23 @@
 
 import math
 
+import peft
+import pytest
 import torch
+import transformers
 from models import FAMILIES, IMAGE, VOCAB, base_model
+from packaging.version import parse
 from peft import get_peft_model
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_read import ReadConfig
 
 
+# transformers' own `add_adapter`, and whatever goes on from it, may ask for a PEFT that isn't released yet.
+ADD_ADAPTER = pytest.mark.skipif(
+    parse(peft.__version__) < parse(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__}'s add_adapter demands PEFT {MIN_PEFT_VERSION}",
+)
 # Lengths of the rows of the padded batch.
 LENGTHS = (8, 5, 1)
 EXACT = {"rtol": 0, "atol": 0}

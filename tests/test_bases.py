@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from generators import CACHE, DECODER, assert_same, difference, generate, generator, prompt, text_prompt
-from helpers import adapter_parameters, strengthen
+from helpers import ADD_ADAPTER, adapter_parameters, strengthen
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
@@ -89,7 +89,9 @@ def test_quantised(quantisation, llama_folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("through_peft", [True, False], ids=["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize(
+    "through_peft", [True, pytest.param(False, marks=ADD_ADAPTER)], ids=["get_peft_model", "add_adapter"]
+)
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_half_precision(dtype, through_peft, cell):
     """A cache brings no more error than it brings the base model, whose keys it holds in half precision."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import ADD_ADAPTER
 from lstta_models import CLOSE, EXACT, adapter_parameters, strengthen
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
@@ -77,6 +78,17 @@ def _part(key):
     return next(part for part in key.split(".") if part in ("lstta_adapter", "fusion", "classifier"))
 
 
+def test_load_adapter(tmp_path):
+    """transformers' own loads what PEFT saved."""
+    model = get_peft_model(model_of(), config_of())
+    wanted = vector(strengthen(model).eval())
+    model.save_pretrained(tmp_path)
+    other = model_of()
+    other.load_adapter(tmp_path, adapter_name="yours")
+    torch.testing.assert_close(vector(other.eval()), wanted, **EXACT)
+
+
+@ADD_ADAPTER
 def test_transformers_own_adapters(tmp_path):
     """`add_adapter`, `save_pretrained` and `load_adapter` of a model of transformers, without a `PeftModel`."""
     model = model_of()

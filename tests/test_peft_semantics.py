@@ -17,7 +17,7 @@ from peft import (
 )
 from torch import nn
 
-from peft_read import ReadConfig
+from peft_read import ReadConfig, describe_tokens
 from peft_read.read.layer import ReadLayer
 
 
@@ -62,11 +62,12 @@ def test_active_adapters_add_up(order):
     layer = model.base_model.model.encoder.layer[1].output.dense
     x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(0))
     deltas = []
-    for name in order:
-        model.set_adapter(name)
-        deltas.append(layer(x) - layer.base_layer(x))
-    model.base_model.set_adapter(order)
-    torch.testing.assert_close(layer(x), layer.base_layer(x) + deltas[0] + deltas[1], **SUM)
+    with describe_tokens():
+        for name in order:
+            model.set_adapter(name)
+            deltas.append(layer(x) - layer.base_layer(x))
+        model.base_model.set_adapter(order)
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + deltas[0] + deltas[1], **SUM)
     assert min(delta.abs().max() for delta in deltas) > 0.1
 
 

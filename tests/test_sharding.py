@@ -85,7 +85,7 @@ class Plain(nn.Module):
     def __init__(self):
         super().__init__()
         block = lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU())  # noqa: E731
-        self.stages = nn.ModuleList(nn.ModuleList(nn.TransformerEncoderLayer(8, 2) for _ in range(2)) for _ in "ab")
+        self.stages = nn.ModuleList(nn.ModuleList(nn.TransformerEncoderLayer(8, 2, batch_first=True) for _ in range(2)) for _ in "ab")
         self.tail = nn.ModuleList(block() for _ in range(2))
 
 

@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import EXACT, adapted, adapter_parameters, batch_of, loss_of, result, strengthen
+from helpers import ADD_ADAPTER, EXACT, adapted, adapter_parameters, batch_of, loss_of, result, strengthen
 from models import base_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, LlamaForCausalLM
 
-from peft_read import ReadConfig
+from peft_read import ReadConfig, describe_tokens
 from peft_read.read.layer import ReadLayer
 
 
@@ -30,6 +30,7 @@ def left_padded(family):
     return batch_of(family, padding="left")
 
 
+@ADD_ADAPTER
 @EVERY
 def test_add_adapter_equals_get_peft_model(family):
     """The same output, padding included, as through PEFT."""
@@ -38,6 +39,7 @@ def test_add_adapter_equals_get_peft_model(family):
     torch.testing.assert_close(result(family, with_adapter(family), batch), expected, **EXACT)
 
 
+@ADD_ADAPTER
 @EVERY
 def test_add_adapter_starts_as_the_base_model_and_trains_the_adapter_only(family):
     """Bit for bit the base model's output at the start; gradients for the adapter alone."""
@@ -49,6 +51,7 @@ def test_add_adapter_starts_as_the_base_model_and_trains_the_adapter_only(family
     assert {n for n, p in model.named_parameters() if p.grad is not None} == set(adapter_parameters(model))
 
 
+@ADD_ADAPTER
 @EVERY
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_save_and_load_adapter(family, name, tmp_path):
@@ -62,6 +65,18 @@ def test_save_and_load_adapter(family, name, tmp_path):
 
 
 @EVERY
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_load_adapter(family, name, tmp_path):
+    """What PEFT saved, under any name."""
+    model, batch = adapted(family, cell="gru"), left_padded(family)
+    model.save_pretrained(tmp_path)
+    loaded = base_model(family)
+    loaded.load_adapter(tmp_path, adapter_name=name)
+    torch.testing.assert_close(result(family, loaded, batch), result(family, model, batch), rtol=0, atol=1e-6)
+
+
+@ADD_ADAPTER
+@EVERY
 def test_from_pretrained_of_an_adapter_folder(family, tmp_path):
     """A folder that names its base model is loaded in one call."""
     base_model(family).save_pretrained(tmp_path / "base")
@@ -72,6 +87,7 @@ def test_from_pretrained_of_an_adapter_folder(family, tmp_path):
     torch.testing.assert_close(result(family, loaded, batch), result(family, model, batch), rtol=0, atol=1e-6)
 
 
+@ADD_ADAPTER
 @EVERY
 def test_files_are_peft_files(family, tmp_path):
     """What transformers saves PEFT loads, and the other way round."""
@@ -86,6 +102,7 @@ def test_files_are_peft_files(family, tmp_path):
     torch.testing.assert_close(result(family, by_transformers, batch), expected, rtol=0, atol=1e-6)
 
 
+@ADD_ADAPTER
 @EVERY
 def test_switching_and_deleting(family):
     """`set_adapter`, `disable_adapters`, `enable_adapters` and `delete_adapter` do what they say."""
@@ -108,6 +125,7 @@ def test_switching_and_deleting(family):
     torch.testing.assert_close(result(family, model, batch), two, **EXACT)
 
 
+@ADD_ADAPTER
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "none"])
 def test_bfloat16_model(cell):
     """There the adapter keeps the base's bfloat16 weights; it computes in float32 inside all the same."""
@@ -125,11 +143,13 @@ def test_bfloat16_model(cell):
         delta = layer.read_upward["default"].float()(F.gelu(states))
         expected = hidden + delta.bfloat16()
         layer.bfloat16()
-        actual = layer(x)
+        with describe_tokens():
+            actual = layer(x)
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
+@ADD_ADAPTER
 def test_bfloat16_round_trip(tmp_path):
     """Weights are saved as they are and loaded into a bfloat16 model."""
     model, batch = base_model("bert").bfloat16(), left_padded("bert")
@@ -166,7 +186,7 @@ def test_load_adapter_only_reports_a_missing_key(log, tmp_path):
 
     These are zero, so that the module gives what the base model's gives. PEFT's loaders refuse such a file.
     """
-    with_adapter("bert").save_pretrained(tmp_path)
+    adapted("bert", cell="gru").save_pretrained(tmp_path)
     spoil(tmp_path, lambda tensors: tensors.pop(key_of(tensors)))
     model = base_model("bert")
     model.load_adapter(tmp_path)
@@ -177,7 +197,7 @@ def test_load_adapter_only_reports_a_missing_key(log, tmp_path):
 
 def test_load_adapter_only_reports_an_unexpected_key(log, tmp_path):
     """The same for a key too many."""
-    with_adapter("bert").save_pretrained(tmp_path)
+    adapted("bert", cell="gru").save_pretrained(tmp_path)
     spoil(tmp_path, lambda tensors: tensors.update({key_of(tensors).replace("upward", "sideward"): torch.zeros(1)}))
     base_model("bert").load_adapter(tmp_path)
     assert "UNEXPECTED" in log.text
@@ -186,7 +206,7 @@ def test_load_adapter_only_reports_an_unexpected_key(log, tmp_path):
 
 def test_load_adapter_refuses_a_wrong_shape(tmp_path):
     """The one fault that transformers itself refuses."""
-    with_adapter("bert").save_pretrained(tmp_path)
+    adapted("bert", cell="gru").save_pretrained(tmp_path)
     spoil(tmp_path, lambda tensors: tensors.update({key_of(tensors): torch.zeros(2, 2)}))
     with pytest.raises(RuntimeError, match=r"(?i)mismatch"):
         base_model("bert").load_adapter(tmp_path)

@@ -203,11 +203,12 @@ def _starts_of_positions(
     call, positions = running.call, running.call.position_ids
     if not isinstance(positions, Tensor) or positions.shape[-1] != shape[1]:
         return None
-    if positions.ndim == 3:  # rows of time, height and width, before which some put the text's own
-        has_text = positions.shape[0] == 4
-        begins = positions[0].diff(dim=1) != 1 if has_text else positions[0].diff(dim=1) < 0
-    elif positions.ndim == 2:
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # the text's own, before those of time, height and width
+    if positions.ndim == 2:
         begins = positions.diff(dim=1) != 1
+    elif positions.ndim == 3:  # each of the three rows may go back inside of one sequence, but not all to zero
+        begins = (positions[..., 1:] == 0).all(0) & (positions[..., :-1] != 0).any(0)
     else:
         return None
     starts = _from_second(begins).expand(shape)
