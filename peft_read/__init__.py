@@ -11,6 +11,7 @@ add_peft_type("LSTTA")
 
 from .cards.overrides import install as install_cards  # noqa: E402
 from .cards.writing import describe_adapter  # noqa: E402
+from .forward.description import describe_tokens  # noqa: E402
 from .lstta.config import LsttaConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
 from .lstta.model import LsttaModel  # noqa: E402
 from .pvla.arguments import PvlaArguments, PvlaSeq2SeqTrainingArguments, PvlaTrainingArguments  # noqa: E402
@@ -19,7 +20,6 @@ from .pvla.picture import plot_plan  # noqa: E402
 from .pvla.states import VideoTextStates  # noqa: E402
 from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer  # noqa: E402
 from .pvla.transport import partial_transport  # noqa: E402
-from .forward.description import describe_tokens  # noqa: E402
 from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
 from .read.onnx_operators import onnx_translations  # noqa: E402

@@ -1,5 +1,6 @@
 """Which parts of a model FSDP shards: what the tuners tell Accelerate, transformers and PEFT."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -85,7 +86,8 @@ class Plain(nn.Module):
     def __init__(self):
         super().__init__()
         block = lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU())  # noqa: E731
-        self.stages = nn.ModuleList(nn.ModuleList(nn.TransformerEncoderLayer(8, 2, batch_first=True) for _ in range(2)) for _ in "ab")
+        layer = functools.partial(nn.TransformerEncoderLayer, 8, 2, batch_first=True)
+        self.stages = nn.ModuleList(nn.ModuleList(layer() for _ in range(2)) for _ in "ab")
         self.tail = nn.ModuleList(block() for _ in range(2))
 
 

@@ -3,8 +3,8 @@
 A recurrence over tokens is right only if it knows which tokens are padding, where one packed sequence ends, and which
 tokens were seen before. A layer isn't passed these, so hooks on the model that owns it note what a call was given
 (`ForwardContext`), in a record that nobody changes (`ForwardCall`). What follows is worked out by functions of that
-record: `padding_of`, `starts_of` and `state_before`. What a forward leaves for the next one, it leaves beside the KV cache
-(`leave_states`), and only where there is one.
+record: `padding_of`, `starts_of` and `state_before`. What a forward leaves for the next one lies beside the KV cache
+(`leave_states`); where there is none, it leaves nothing.
 
 Whatever can't be known is refused, with the sentence that mends it; `describe_tokens` says it explicitly. The page
 `examples/inputs.md` lists what is understood and what is refused.

@@ -111,7 +111,7 @@ class RunningForward:
         return cls(call, backward_pass(), left={} if call.cache is not None or call.makes_cache else None)
 
     def again(self) -> RunningForward:
-        """The same forward where a checkpoint runs a part of it: there it leaves no states, which would keep memory."""
+        """The same forward where a checkpoint runs a part of it; states that were left there would keep memory."""
         return RunningForward(self.call, backward_pass(), self.parts, None, self._known)
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
@@ -127,7 +127,7 @@ def backward_pass() -> int:
 
 
 def _videos(arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Of `pixel_values` and the like the first two of five axes or more: `(videos, frames, channels, rows, columns)`."""
+    """The first two sizes of `pixel_values` and the like of shape `(videos, frames, channels, rows, columns)`."""
     for name, value in arguments.items():
         if name.startswith("pixel_values") and isinstance(value, Tensor) and value.ndim >= 5:
             return value.shape[0], value.shape[1]

@@ -199,7 +199,7 @@ def _starts_of_lengths(edges: Tensor, shape: tuple[int, int]) -> Tensor:
 def _starts_of_positions(
     running: RunningForward, shape: tuple[int, int], given: dict[str, Any] | None, module_name: str, *, both_ways: bool
 ) -> Tensor | None:
-    """Positions that begin again separate sequences where the model's attention does: see what its blocks are given."""
+    """Positions that begin again separate sequences where the model's attention does, as its blocks' masks show."""
     call, positions = running.call, running.call.position_ids
     if not isinstance(positions, Tensor) or positions.shape[-1] != shape[1]:
         return None
@@ -229,8 +229,8 @@ def _starts_of_positions(
     raise ValueError(
         f"READ at {module_name} was given `position_ids` that begin again, as packed sequences have them, but the "
         "model's attention goes across them. Let it separate them: pass use_cache=False and no attention mask; "
-        "positions of four rows, the text's first, to a Qwen-VL model; a block-diagonal mask of shape (batch, 1, time, "
-        "time); or say where sequences begin with `peft_read.describe_tokens(sequence_ids=...)`."
+        "positions of four rows, the text's first, to a Qwen-VL model; a block-diagonal mask of shape (batch, 1, "
+        "time, time); or say where sequences begin with `peft_read.describe_tokens(sequence_ids=...)`."
     )
 
 

@@ -139,8 +139,8 @@ class ReadLayer(AdapterLayer):
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.is_nested:
             raise ValueError(
-                f"READ at {self.module_name} can't run over nested tensors, which torch's nn.TransformerEncoder makes of "
-                "padded batches in evaluation. Build it with enable_nested_tensor=False."
+                f"READ at {self.module_name} can't run over nested tensors, which torch's nn.TransformerEncoder makes "
+                "of padded batches in evaluation. Build it with enable_nested_tensor=False."
             )
         if hidden.shape[-1] != self.out_features:
             raise ValueError(
@@ -279,9 +279,9 @@ class ReadLayer(AdapterLayer):
         if running is None:
             return hidden, self._described_tokens(shape)
         valid = padding_of(running, shape, self.module_name, self.part)
-        if valid is None and running.call.unread_masks and not running.call.described:
-            if not reads_a_mask(running, self.part):
-                self.context.warn_of_masks(running.call.unread_masks)
+        call = running.call
+        if valid is None and call.unread_masks and not (call.described or reads_a_mask(running, self.part)):
+            self.context.warn_of_masks(call.unread_masks)
         both_ways = any(cast(Recurrence, self.read_recurrence[name]).bidirectional for name in recurrent)
         starts = starts_of(running, shape, self.module_name, self.part, both_ways=both_ways)
         return hidden, _Tokens(hidden.shape[0], valid=valid, starts=starts, running=running)

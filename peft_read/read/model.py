@@ -28,7 +28,7 @@ UNFIT = (
     nn.RNNBase,
     nn.modules.conv._ConvNd,
 )
-# By the `model_type` of the model that owns a module: outputs are (time, batch, features), which the blocks don't tell.
+# By the `model_type` of the model that owns a module: outputs are (time, batch, features), and the blocks don't tell.
 TIME_FIRST = ("xlnet",)
 
 
@@ -118,9 +118,9 @@ class ReadModel(AdapterTuner):
         if model_type in TIME_FIRST or any(not module.batch_first for module in attention):
             where = f"a model of type {model_type}" if model_type in TIME_FIRST else "attention with batch_first=False"
             raise ValueError(
-                f"READ can't adapt {name}: {where} has its tokens along the first axis and the batch along the second, "
-                "over which the recurrence would run. Build torch's layers with batch_first=True, target other "
-                "modules, or use cell='none' there."
+                f"READ can't adapt {name}: {where} has its tokens along the first axis and the batch along the "
+                "second, over which the recurrence would run. Build torch's layers with batch_first=True, target "
+                "other modules, or use cell='none' there."
             )
 
     def _width(self, name: str, module: nn.Module) -> int | None:

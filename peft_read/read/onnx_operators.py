@@ -33,7 +33,8 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def scan(
         kind: str, x: Any, w_in: Any, w_hidden: Any, b_in: Any, b_hidden: Any, hidden: Any, memory: Any
     ) -> tuple[Any, Any, Any]:
-        op, size = opset18, w_hidden.shape[1]
+        op: Any = opset18
+        size = w_hidden.shape[1]
 
         def reordered(weights: Any) -> Any:
             """`(gates * hidden, ...)` to `(1, gates * hidden, ...)`, the gates in ONNX's order."""

@@ -1,6 +1,7 @@
 """What a caller says of the tokens takes the place of what is read off the arguments."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_read import ReadConfig, describe_tokens
+from peft_read.forward.description import descriptions
 
 
 WIDTH = 16
@@ -78,7 +80,7 @@ def test_a_warning_once_for_each_model():
     model, batch = grounding(cell="gru"), padded_pair()
     with describe_tokens(torch.ones(2, 11)):
         model(**batch)
-    with pytest.warns(UserWarning, match=r"given src_vid_mask, src_txt_mask, which READ.*attention_mask.*describe_tok"):
+    with pytest.warns(UserWarning, match=r"given src_vid_mask, src_txt_mask, which READ.*attention_mask.*describe"):
         model(**batch)
     model(**batch)  # warnings are errors here
     grounding(cell="none")(**batch)
@@ -185,19 +187,22 @@ def test_a_description_of_other_tokens(name):
     """Said in the forward, with both shapes and the module."""
     model, batch = adapted("bert", cell="gru"), batch_of("bert", padding="left")
     given = {name: torch.ones(3, 4, dtype=torch.long)}
-    with describe_tokens(**given), pytest.raises(ValueError, match=rf"`{name}` of shape \(3, 4\), but encoder.*\(3, 10\)"):
+    message = rf"`{name}` of shape \(3, 4\), but encoder.*\(3, 10\)"
+    with describe_tokens(**given), pytest.raises(ValueError, match=message):
         model(**batch)
 
 
 def test_threads_and_errors():
     """A description is for its own thread, and ends with its context, whatever ended it."""
-    from concurrent.futures import ThreadPoolExecutor
+    seen = []
 
-    from peft_read.forward.description import descriptions
+    def fail_inside():
+        with describe_tokens():
+            seen.append(len(descriptions()))
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(len(pool.submit(descriptions).result()))
+            raise RuntimeError
 
-    with pytest.raises(RuntimeError), describe_tokens():
-        assert len(descriptions()) == 1
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(descriptions).result() == ()
-        raise RuntimeError
-    assert descriptions() == ()
+    with pytest.raises(RuntimeError):
+        fail_inside()
+    assert [*seen, len(descriptions())] == [1, 0, 0]

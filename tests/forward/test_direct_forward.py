@@ -6,10 +6,14 @@ import io
 import pytest
 import torch
 from generators import CACHE, empty_cache, generator, random_ids
-from helpers import CLOSE, EXACT, adapted, batch_of, enable_checkpointing, result, states
-from models import FAMILIES
+from helpers import CLOSE, EXACT, adapted, batch_of, enable_checkpointing, result, states, strengthen
+from models import FAMILIES, base_model
+from peft import get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -96,15 +100,13 @@ def test_an_error_is_forgotten():
     handle.remove()
     layer = base.encoder.layer[0].output.dense
     assert layer.context.running() is None
-    torch.testing.assert_close(base.forward(**batch).last_hidden_state[batch["attention_mask"].bool()].flatten(), expected)
+    states = base.forward(**batch).last_hidden_state[batch["attention_mask"].bool()]
+    torch.testing.assert_close(states.flatten(), expected, **EXACT)
 
 
 @torch.no_grad()
 def test_a_forward_that_nothing_sees_is_refused():
-    """One that was put in the place of the class's before the adapter came, as Accelerate does, and called directly."""
-    from models import base_model
-    from peft import get_peft_model
-
+    """Somebody else's, in the place of the class's since before the adapter came, and called directly."""
     base, batch = base_model("bert"), batch_of("bert", padding="left")
     original = base.forward
     base.forward = lambda **kwargs: original(**kwargs)
@@ -120,10 +122,6 @@ def test_a_forward_that_nothing_sees_is_refused():
 
 def tokenizer(folder):
     """Words by number."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
     words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1} | {str(i): i for i in range(2, 50)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
@@ -134,8 +132,6 @@ def tokenizer(folder):
 @torch.no_grad()
 def test_sentence_transformers(tmp_path):
     """It calls the forward directly: each sentence of a padded batch gets what it gets alone."""
-    from models import base_model
-
     base_model("bert").save_pretrained(tmp_path)
     tokenizer(tmp_path)
     transformer = modules.Transformer(str(tmp_path))
@@ -147,7 +143,8 @@ def test_sentence_transformers(tmp_path):
     together = model.encode(sentences, convert_to_tensor=True, batch_size=3)
     alone = torch.stack([model.encode([s], convert_to_tensor=True)[0] for s in sentences])
     torch.testing.assert_close(together, alone, **CLOSE)
-    plain = SentenceTransformer(modules=[modules.Transformer(str(tmp_path)), modules.Pooling(32, "mean")], device="cpu")
+    parts = [modules.Transformer(str(tmp_path)), modules.Pooling(32, "mean")]
+    plain = SentenceTransformer(modules=parts, device="cpu")
     assert (plain.encode(sentences, convert_to_tensor=True) - together).abs().max() > 1e-2
 
 
@@ -166,9 +163,6 @@ class Scorer(nn.Module):
 
 def test_a_model_of_ones_own():
     """Its direct forward is a call as well; the same words about its masks."""
-    from helpers import strengthen
-    from peft import get_peft_model
-
     torch.manual_seed(0)
     model = strengthen(get_peft_model(Scorer(), ReadConfig(r=4, target_modules=["layers.0", "layers.1"])))
     video, mask = torch.randn(2, 5, 8), torch.ones(2, 5)
@@ -176,6 +170,7 @@ def test_a_model_of_ones_own():
     with describe_tokens(mask):
         output = model.get_base_model().forward(video, mask)
     with describe_tokens():
-        torch.testing.assert_close(output[1:, 2:], model.get_base_model().forward(video[1:, 2:], mask[1:, 2:]), **CLOSE)
+        alone = model.get_base_model().forward(video[1:, 2:], mask[1:, 2:])
+    torch.testing.assert_close(output[1:, 2:], alone, **CLOSE)
     with pytest.warns(UserWarning, match="takes all tokens as valid, but the model was given video_mask"):
         model.get_base_model().forward(video, mask)

@@ -1,5 +1,6 @@
 """Adapted models leave Python: torch.export with open sizes, ONNX, torch.jit.trace."""
 
+import functools
 import subprocess
 import sys
 
@@ -73,9 +74,7 @@ def test_a_saved_program_runs_in_another_process(tmp_path):
     torch.export.save(torch.export.export(encoder, (), batch, dynamic_shapes=sizes), tmp_path / "encoder.pt2")
     torch.save((batch, encoder(**batch)), tmp_path / "expected")
     (tmp_path / "load.py").write_text(LOAD)
-    subprocess.run(
-        [sys.executable, tmp_path / "load.py", tmp_path / "encoder.pt2", tmp_path / "expected"], check=True
-    )
+    subprocess.run([sys.executable, tmp_path / "load.py", tmp_path / "encoder.pt2", tmp_path / "expected"], check=True)
 
 
 @torch.no_grad()
@@ -84,7 +83,8 @@ def test_a_decoder():
     model = adapted("llama", cell="lstm").get_base_model()
     ids = torch.randint(3, 49, (3, 9))
     sizes = {"input_ids": {0: Dim("batch"), 1: Dim("time")}, "use_cache": None}
-    program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=sizes, strict=False)
+    batch = {"input_ids": ids, "use_cache": False}
+    program = torch.export.export(model, (), batch, dynamic_shapes=sizes, strict=False)
     for given in (ids, torch.randint(3, 49, (2, 14))):
         expected = model(input_ids=given, use_cache=False).logits
         torch.testing.assert_close(program.module()(input_ids=given, use_cache=False).logits, expected, **CLOSE)
@@ -137,7 +137,8 @@ def test_a_compiled_lstm_goes_on_from_its_memory():
     state = (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
     expected, (hidden, memory) = recurrent_scan(x, cell, state=state)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, state: recurrent_scan(x, cell, state=state), backend="aot_eager", fullgraph=True)
+    run = functools.partial(recurrent_scan, cell=cell)
+    compiled = torch.compile(lambda x, state: run(x, state=state), backend="aot_eager", fullgraph=True)
     for given, other in zip(compiled(x, state)[1], (hidden, memory), strict=True):
         torch.testing.assert_close(given, other, **CLOSE)
     torch.testing.assert_close(compiled(x, state)[0], expected, **CLOSE)
@@ -174,5 +175,6 @@ def test_a_compiled_model_keeps_packed_sequences_apart():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         packed = compiled(input_ids=ids, position_ids=at, use_cache=False).logits[0]
-        alone = [model(input_ids=ids[:, cut], use_cache=False).logits[0] for cut in (slice(4), slice(4, 6), slice(6, 9))]
+        cuts = (slice(4), slice(4, 6), slice(6, 9))
+        alone = [model(input_ids=ids[:, cut], use_cache=False).logits[0] for cut in cuts]
     torch.testing.assert_close(packed, torch.cat(alone), **CLOSE)

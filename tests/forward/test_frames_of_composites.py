@@ -61,13 +61,13 @@ def test_videos_of_other_lengths_are_refused(lengths, through):
     """Also where as many frames as in whole videos are left after padding was taken out."""
     model, batch = smolvlm(), videos(*lengths)
     base, pixels = model.get_base_model(), batch["pixel_values"]
+    run = {
+        "a call": lambda: model(**batch),
+        "the head's features": lambda: base.get_image_features(pixel_values=pixels),
+        "the model's features": lambda: base.model.get_image_features(pixels),
+    }[through]
     with pytest.raises(ValueError, match=r"videos? of \d frames"):
-        if through == "a call":
-            model(**batch)
-        elif through == "the head's features":
-            base.get_image_features(pixel_values=pixels)
-        else:
-            base.model.get_image_features(pixels)
+        run()
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def test_blank_frames_are_told():
     """The model leaves them out, and says nothing."""
     batch = videos(FRAMES, FRAMES)
     batch["pixel_values"][0, 2] = 0
-    with pytest.raises(ValueError, match="of 2 videos of 4 frames it sees 7 images.*SmolVLM.*blank"):
+    with pytest.raises(ValueError, match=r"of 2 videos of 4 frames it sees 7 images.*SmolVLM.*blank"):
         smolvlm()(**batch)
 
 
@@ -86,7 +86,8 @@ def test_a_dual_encoder_of_videos():
     vision = SIZE | {"image_size": 8, "patch_size": 4, "num_frames": FRAMES, "mit_hidden_size": WIDTH}
     vision |= {"mit_intermediate_size": WIDE, "mit_num_attention_heads": HEADS, "mit_num_hidden_layers": 1}
     text = SIZE | {"vocab_size": 50, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 49}
-    config = XCLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH, prompt_num_attention_heads=HEADS)
+    sides = {"text_config": text, "vision_config": vision}
+    config = XCLIPConfig(**sides, projection_dim=WIDTH, prompt_num_attention_heads=HEADS)
     read = ReadConfig(r=4, recur_over="frames", num_frames=FRAMES, target_modules=r"vision_model\..*mlp\.fc2")
     model = strengthen(get_peft_model(XCLIPModel(config).eval(), read)).eval()
     pixels = torch.randn(2, FRAMES, 3, 8, 8, generator=torch.Generator().manual_seed(1))

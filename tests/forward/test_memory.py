@@ -150,7 +150,7 @@ def saved_bytes(model, **batch):
 @CELLS
 @pytest.mark.parametrize("shape", ["bert", "llama"])
 def test_checkpoints_save_memory(shape, cell):
-    """As much as without a recurrence: what is saved for the backward pass is a fraction of what it is without them."""
+    """As much as without a recurrence: a fraction of what is kept for the backward pass otherwise."""
 
     def model_of(cell, checkpoints):
         torch.manual_seed(0)
