@@ -3,12 +3,13 @@
 Importing the package makes `READ` and `LSTTA` methods of PEFT like any built-in ones.
 """
 
-from .registration import add_peft_type, register
+from .tuners.registration import add_peft_type, register
 
 
 add_peft_type("READ")
 add_peft_type("LSTTA")
 
+from .architectures.targets import find_feed_forward_outputs  # noqa: E402
 from .cards.overrides import install as install_cards  # noqa: E402
 from .cards.writing import describe_adapter  # noqa: E402
 from .forward.description import describe_tokens  # noqa: E402
@@ -24,7 +25,6 @@ from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
 from .read.onnx_operators import onnx_translations  # noqa: E402
 from .read.recurrence import recurrent_scan  # noqa: E402
-from .read.targets import find_feed_forward_outputs  # noqa: E402
 from .trimodal.configuration import TrimodalConfig  # noqa: E402
 from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
 from .trimodal.modeling import TrimodalModel  # noqa: E402

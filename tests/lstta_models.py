@@ -9,8 +9,8 @@ from torch import nn
 from trimodal_families import BATCH, FAMILIES, FRAMES, IMAGE, SOUNDS, VOCAB, WIDTH, tower
 
 from peft_read import LsttaConfig
-from peft_read.trimodal.composite import LockstepBatch, TowerBatch, run_towers
-from peft_read.trimodal.layouts import takes_videos
+from peft_read.lockstep.composite import LockstepBatch, TowerBatch, run_towers
+from peft_read.lockstep.layouts import takes_videos
 
 
 USUAL = ("vit", "wav2vec2", "bert")

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trimodal_families import enable_checkpointing, tower, tower_inputs
 
-from peft_read.trimodal import lockstep
-from peft_read.trimodal.blocks import find_blocks
-from peft_read.trimodal.lockstep import LockstepError, count_call, current_tower, meet, run_in_lockstep
+from peft_read.architectures.blocks import find_blocks
+from peft_read.lockstep import coroutines as lockstep
+from peft_read.lockstep.coroutines import LockstepError, count_call, current_tower, meet, run_in_lockstep
 
 
 TRIPLES = [

@@ -29,8 +29,8 @@ from torch import nn
 from trimodal_families import BATCH, FRAMES, WIDTH, tower
 
 from peft_read import LsttaConfig, LsttaModel
+from peft_read.lockstep.coroutines import LockstepError
 from peft_read.lstta.layer import LsttaLayer
-from peft_read.trimodal.lockstep import LockstepError
 
 
 TOWERS = ("vision", "audio", "text")

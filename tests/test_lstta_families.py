@@ -16,8 +16,8 @@ from lstta_models import (
 from peft import PeftModel
 from trimodal_families import AUDIO, BATCH, FAMILIES, FRAMES, TEXT, VISION, tower
 
+from peft_read.lockstep.layouts import takes_videos
 from peft_read.lstta.layer import LsttaLayer
-from peft_read.trimodal.layouts import takes_videos
 
 
 # How transformers before 5.23 defines functions of DeBERTa.

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_read import ReadConfig, find_feed_forward_outputs
-from peft_read.read.targets import default_targets
+from peft_read.architectures.targets import default_targets
 
 
 MEASURED = json.loads((Path(__file__).parent / "read_targets.json").read_text())

@@ -18,10 +18,10 @@ from trimodal_families import (
     tower_inputs,
 )
 
-from peft_read.trimodal.blocks import block_width, blocks_of_levels, find_blocks
-from peft_read.trimodal.composite import TowerBatch
-from peft_read.trimodal.layouts import Layout, layout_of, step_mask, takes_videos, token_mask
-from peft_read.trimodal.lockstep import count_call, meet, run_in_lockstep
+from peft_read.architectures.blocks import block_width, blocks_of_levels, find_blocks
+from peft_read.lockstep.composite import TowerBatch
+from peft_read.lockstep.coroutines import count_call, meet, run_in_lockstep
+from peft_read.lockstep.layouts import Layout, layout_of, step_mask, takes_videos, token_mask
 
 
 pytestmark = [

@@ -39,10 +39,10 @@ from peft_read import (
     TrimodalForSequenceClassification,
     TrimodalModel,
 )
-from peft_read.trimodal.blocks import find_blocks
-from peft_read.trimodal.composite import LockstepBatch, TowerBatch, run_towers
-from peft_read.trimodal.hidden_states import show_hidden_states
-from peft_read.trimodal.lockstep import meet
+from peft_read.architectures.blocks import find_blocks
+from peft_read.lockstep.composite import LockstepBatch, TowerBatch, run_towers
+from peft_read.lockstep.coroutines import meet
+from peft_read.lstta.layer import show_hidden_states
 from peft_read.trimodal.losses import classification_loss
 
 

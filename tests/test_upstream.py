@@ -233,6 +233,7 @@ TABLE = [
         },
     ),
     *names("masks of pairs in compiled models", "torch", {"_assert_async": None}),
+    *names("what depends on values in traced models", "torch.jit", {"is_tracing": ()}),
     *names(LOCKSTEP, "torch._C._autograd", {"_top_saved_tensors_default_hooks": None}),
     *names(LOCKSTEP, "torch._dynamo.decorators", {"skip": None}),
 ]

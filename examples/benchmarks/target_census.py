@@ -39,7 +39,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peft_read import find_feed_forward_outputs
-from peft_read.read.targets import default_targets, owner_of
+from peft_read.architectures.targets import default_targets, owner_of
 
 
 MEASURED = Path(__file__).parents[2] / "tests" / "read_targets.json"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from peft_read.sharding import blocks_to_shard
+from peft_read.tuners.sharding import blocks_to_shard
 
 
 class GroundingConfig(PreTrainedConfig):

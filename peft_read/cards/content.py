@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 import peft_read
 
-from ..adapters import AdapterLayer
 from ..trimodal.modeling import TrimodalModel
+from ..tuners.base import AdapterLayer
 from .base import Base, base_of
 from .page import Page, listed
 

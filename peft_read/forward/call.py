@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..architectures.exceptions import MASK_OF_A_TOWER, WINDOWS
 from . import arguments as names
 from .description import Description, descriptions
 from .states_beside_cache import cached_length
 
 
 T = TypeVar("T")
-
-# By `model_type`: what these are given is the mask of one of their towers, while their own blocks see other tokens
-# (X-CLIP's the frames of a video).
-_MASK_OF_A_TOWER = ("xclip",)
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,10 @@ class ForwardCall:
         use_cache = arguments.get("use_cache")
         return cls(
             causal=causal,
-            pads_right=hasattr(config, "attention_window"),
+            pads_right=hasattr(config, WINDOWS),
             attention=getattr(config, "_attn_implementation", None),
             tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
-            mask=None if getattr(config, "model_type", None) in _MASK_OF_A_TOWER else names.find_mask(arguments),
+            mask=None if getattr(config, "model_type", None) in MASK_OF_A_TOWER else names.find_mask(arguments),
             position_ids=arguments.get(names.POSITIONS),
             sequence_lengths=arguments.get(names.SEQUENCE_LENGTHS),
             cache=cache,

@@ -7,10 +7,8 @@ from typing import ClassVar
 
 from peft import PeftConfig, PeftType
 
-from ..checks import check_activation, check_bool, check_dropout, check_finite, check_positive_int
-
-
-MODALITIES = ("vision", "audio", "text")
+from ..lockstep.composite import MODALITIES
+from ..tuners.checks import check_activation, check_bool, check_dropout, check_finite, check_positive_int
 
 
 @dataclass

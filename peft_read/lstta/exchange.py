@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..trimodal.composite import Exchange, LockstepBatch
+from ..lockstep.composite import Exchange, LockstepBatch
 from .adapter import LsttaAdapter
 from .interaction import Messages, Stream, interact
 from .windows import Windows, plan_windows

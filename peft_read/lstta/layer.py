@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
 
-from ..adapters import AdapterLayer
-from ..trimodal.hidden_states import show_hidden_states
-from ..trimodal.lockstep import count_call, current_tower, meet
+from ..lockstep.coroutines import count_call, current_tower, meet
+from ..tuners.base import AdapterLayer
 from .adapter import LsttaAdapter
 from .config import LsttaConfig
 from .exchange import Offer
@@ -123,3 +123,19 @@ class LsttaLayer(AdapterLayer):
 
     def __repr__(self) -> str:
         return "lstta." + super().__repr__()
+
+
+def show_hidden_states(before: Tensor, after: Tensor) -> None:
+    """Put the adapted hidden states in the place of a block's own, in what a running model collects.
+
+    transformers collects hidden states by hooks on blocks, which a module around a block comes too late for. Call this
+    there, after the block and before returning. Nothing happens if the running model doesn't collect, or collects
+    later by itself.
+
+    Args:
+        before: the block's output.
+        after: what the rest of the model gets in its place.
+    """
+    collected = (_active_collector.get() or {}).get("hidden_states")
+    if collected and collected[-1] is before:
+        collected[-1] = after

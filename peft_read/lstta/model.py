@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import AdapterTuner
-from ..trimodal.blocks import block_width, blocks_of_levels, find_blocks
-from ..trimodal.composite import MAKE_EXCHANGE
-from .config import MODALITIES, LsttaConfig
+from ..architectures.blocks import block_width, blocks_of_levels, find_blocks
+from ..lockstep.composite import find_composite, towers_of
+from ..tuners.base import AdapterTuner
+from .config import LsttaConfig
 from .exchange import LsttaExchange
 from .layer import LsttaLayer
 
@@ -60,7 +60,7 @@ class LsttaModel(AdapterTuner):
             ValueError: if there is none: no forward with frames was made with that adapter, or it has no frame filter.
         """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
-        exchange = getattr(_find_composite(self.model)[1], MAKE_EXCHANGE)
+        exchange = find_composite(self.model)[1].make_exchange
         if name not in exchange.importance:
             raise ValueError(
                 f"There is no frame importance of the adapter {name!r}: the last forward was made without it or "
@@ -71,15 +71,15 @@ class LsttaModel(AdapterTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, after which the towers run in lockstep."""
         super().inject_adapter(model, *args, **kwargs)
-        _, composite = _find_composite(model)
-        if getattr(composite, MAKE_EXCHANGE) is None:
-            setattr(composite, MAKE_EXCHANGE, LsttaExchange())
-        getattr(composite, MAKE_EXCHANGE).stages = _stages_around_layers(composite)
+        _, composite = find_composite(model)
+        if composite.make_exchange is None:
+            composite.make_exchange = LsttaExchange()
+        composite.make_exchange.stages = _stages_around_layers(composite)
 
     def _prepare_adapter_config(self, peft_config: LsttaConfig, model_config: dict[str, Any]) -> LsttaConfig:
         """Write down which blocks there are, so that the saved configuration names them."""
-        _, composite = _find_composite(self.model)
-        towers = _towers_of(composite)
+        _, composite = find_composite(self.model)
+        towers = towers_of(composite)
         given = peft_config.layers or {}
         for modality in given:
             if modality not in towers:
@@ -102,8 +102,8 @@ class LsttaModel(AdapterTuner):
 
     def _prepare_model(self, peft_config: LsttaConfig, model: nn.Module) -> None:
         """Look at every block before the first one is wrapped."""
-        prefix, composite = _find_composite(model)
-        towers = _towers_of(composite)
+        prefix, composite = find_composite(model)
+        towers = towers_of(composite)
         assert peft_config.layers is not None
         assert peft_config.num_levels is not None
         self._places: dict[str, _Place] = {}
@@ -141,7 +141,7 @@ class LsttaModel(AdapterTuner):
         if isinstance(target, LsttaLayer):
             target.update_layer(adapter_name, place.levels, peft_config)
             return
-        tower = _towers_of(_find_composite(self.model)[1])[place.modality]
+        tower = towers_of(find_composite(self.model)[1])[place.modality]
         layer = LsttaLayer(target, block_width(tower, place.block), place.modality, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, place.levels, peft_config)
@@ -161,34 +161,10 @@ class LsttaModel(AdapterTuner):
     def unload(self) -> nn.Module:
         """The base model as it was, without the adapters."""
         model = super().unload()
-        _, composite = _find_composite(model)
-        getattr(composite, MAKE_EXCHANGE).restore_checkpointing()
-        delattr(composite, MAKE_EXCHANGE)
+        _, composite = find_composite(model)
+        composite.make_exchange.restore_checkpointing()
+        del composite.make_exchange
         return model
-
-
-def _find_composite(model: nn.Module) -> tuple[str, nn.Module]:
-    """The part of a model that runs towers in lockstep, and its name."""
-    for name, module in model.named_modules():
-        if hasattr(type(module), MAKE_EXCHANGE):
-            return name, module
-    raise ValueError(
-        f"LSTTA needs towers that can run in lockstep, but a {type(model).__name__} has none: build a "
-        "peft_read.TrimodalModel of your towers. A composite model of your own takes part if its forward calls the "
-        f"towers through peft_read.trimodal.composite.run_towers and its class says so by `{MAKE_EXCHANGE} = None`; "
-        "the towers are its attributes `vision_model`, `audio_model` and `text_model`."
-    )
-
-
-def _towers_of(composite: nn.Module) -> dict[str, nn.Module]:
-    towers = {modality: getattr(composite, f"{modality}_model", None) for modality in MODALITIES}
-    present = {modality: tower for modality, tower in towers.items() if isinstance(tower, nn.Module)}
-    if len(present) < 2:
-        raise ValueError(
-            f"LSTTA needs two or three towers, but the {type(composite).__name__} has {', '.join(present) or 'none'} "
-            "of `vision_model`, `audio_model` and `text_model`."
-        )
-    return present
 
 
 def _stages_around_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..architectures.targets import owner_of, takes_text
 from ..read.layer import ReadLayer
-from ..read.targets import owner_of, takes_text
 
 
 # Columns of a batch that say which positions of the model's sequence are video and which are text.

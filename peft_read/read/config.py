@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 
-from ..checks import check_activation, check_bool, check_choice, check_dropout, check_finite, check_positive_int
+from ..tuners.checks import check_activation, check_bool, check_choice, check_dropout, check_finite, check_positive_int
 
 
 Cell = Literal["rnn", "gru", "lstm", "none"]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..adapters import AdapterLayer
 from ..forward.call import RunningForward
 from ..forward.context import ForwardContext
 from ..forward.decoding import LeftStates, state_before
@@ -19,6 +18,7 @@ from ..forward.description import description_of, descriptions
 from ..forward.packing import described_starts, starts_of
 from ..forward.padding import described_padding, padding_of, reads_a_mask
 from ..precision import linear, weights_at_hand, without_autocast
+from ..tuners.base import AdapterLayer
 from .config import ReadConfig
 from .recurrence import Recurrence, State, packed_states, unpack_state
 

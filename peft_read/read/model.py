@@ -11,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters import AdapterTuner
+from ..architectures.exceptions import TIME_FIRST
+from ..architectures.targets import attention_beside, block_index, default_targets, is_causal, owner_of
 from ..forward.context import ForwardContext
+from ..tuners.base import AdapterTuner
 from .config import ReadConfig
 from .layer import ReadLayer, ReadLinear, ReadLinearOfTorch
-from .targets import attention_beside, block_index, default_targets, is_causal, owner_of
 
 
 # Their outputs don't end in features, come with others of another meaning, or they are never called.
@@ -28,8 +29,6 @@ UNFIT = (
     nn.RNNBase,
     nn.modules.conv._ConvNd,
 )
-# By the `model_type` of the model that owns a module: outputs are (time, batch, features), and the blocks don't tell.
-TIME_FIRST = ("xlnet",)
 
 
 class ReadModel(AdapterTuner):

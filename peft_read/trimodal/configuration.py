@@ -7,8 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-
-MODALITIES = ("vision", "audio", "text")
+from ..lockstep.composite import MODALITIES
 
 
 @strict

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from .blocks import find_blocks
-from .composite import Exchange, LockstepBatch, TowerBatch, run_towers
-from .configuration import MODALITIES, TrimodalConfig
+from ..architectures.blocks import find_blocks
+from ..lockstep.composite import MODALITIES, Exchange, LockstepBatch, TowerBatch, run_towers
+from .configuration import TrimodalConfig
 from .fusion import ModalityFusion, masked_mean
 from .towers import build_tower, load_tower, sound_steps, tokens_of, tower_inputs, tower_width, without_layerdrop
 

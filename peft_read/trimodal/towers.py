@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .layouts import takes_videos
+from ..lockstep.layouts import takes_videos
 
 
 # By `model_type`: what to call a tower with besides its inputs.

@@ -27,7 +27,7 @@ def add_peft_type(name: str) -> None:
         _extend_enum(PeftType, name)
         return
     owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[name])
-    if owner is not None and not owner.__module__.startswith(f"{__package__}."):
+    if owner is not None and not owner.__module__.startswith(f"{__package__.partition('.')[0]}."):
         raise ImportError(
             f"peft_read can't register {name}: PEFT {peft.__version__} already has a method of that name "
             f"({owner.__module__}.{owner.__name__}). Upgrade peft_read, or install the PEFT version that it was "

@@ -13,15 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .coroutines import run_in_lockstep
 from .layouts import Layout, layout_of, step_mask, token_mask
-from .lockstep import run_in_lockstep
 
 
 T = TypeVar("T")
 Exchange = Callable[[int, dict[str, Any]], Mapping[str, Any]]
-# A function of the running batch, set on a composite model by its tuner. A function of a module, not a method nor a
-# closure, so that the model can be copied and pickled.
-MAKE_EXCHANGE = "make_exchange"
+MODALITIES = ("vision", "audio", "text")
 
 
 @dataclass
@@ -147,7 +145,43 @@ def run_towers(model: nn.Module, calls: Mapping[str, Callable[[], T]], batch: Lo
     Returns:
         By name, what each tower returned.
     """
-    make_exchange: Callable[[LockstepBatch], Exchange] | None = getattr(model, MAKE_EXCHANGE, None)
+    make_exchange: Callable[[LockstepBatch], Exchange] | None = getattr(model, "make_exchange", None)
     if make_exchange is None:
         return {name: call() for name, call in calls.items()}
     return run_in_lockstep(calls, make_exchange(batch))
+
+
+def find_composite(model: nn.Module) -> tuple[str, Any]:
+    """The part of a model that runs towers in lockstep, and its name.
+
+    Its class has an attribute `make_exchange`, which is None until a tuner sets it on the model: to a function of a
+    `LockstepBatch` that gives the exchange, which is no closure, so that the model can be copied and pickled.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for name, module in model.named_modules():
+        if hasattr(type(module), "make_exchange"):
+            return name, module
+    raise ValueError(
+        f"LSTTA needs towers that can run in lockstep, but a {type(model).__name__} has none: build a "
+        "peft_read.TrimodalModel of your towers. A composite model of your own takes part if its forward calls the "
+        "towers through peft_read.lockstep.run_towers and its class says so by `make_exchange = None`; the towers are "
+        "its attributes `vision_model`, `audio_model` and `text_model`."
+    )
+
+
+def towers_of(composite: nn.Module) -> dict[str, nn.Module]:
+    """By modality, the towers of a composite model.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+    towers = {modality: getattr(composite, f"{modality}_model", None) for modality in MODALITIES}
+    present = {modality: tower for modality, tower in towers.items() if isinstance(tower, nn.Module)}
+    if len(present) < 2:
+        raise ValueError(
+            f"LSTTA needs two or three towers, but the {type(composite).__name__} has {', '.join(present) or 'none'} "
+            "of `vision_model`, `audio_model` and `text_model`."
+        )
+    return present

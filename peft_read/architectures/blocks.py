@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..read.targets import MIXER, default_targets
+from .targets import MIXER, default_targets
 
 
 def find_blocks(tower: nn.Module) -> list[str]:

@@ -134,7 +134,7 @@ def layout_of(tower: nn.Module, modality: str, steps: int) -> Layout:
     if modality == "vision" and takes_videos(tower):
         raise ValueError(
             f"Where time lies in the tokens of a {type(tower).__name__} isn't known. Say it in "
-            f"peft_read.trimodal.layouts.LAYOUTS[{model_type!r}], as for the video towers there."
+            f"peft_read.lockstep.layouts.LAYOUTS[{model_type!r}], as for the video towers there."
         )
     if modality == "vision":
         return Layout("time_major", steps=steps)

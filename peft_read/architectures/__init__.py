@@ -1,0 +1,1 @@
+"""What is known of model architectures: functions that read a model's structure, and one table of exceptions."""

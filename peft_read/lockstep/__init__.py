@@ -1,0 +1,11 @@
+"""Several towers' forwards, block by block, for composite models of one's own as for `TrimodalModel`.
+
+A composite model describes the running batch (`LockstepBatch`, of a `TowerBatch` for each tower) and calls its towers
+through `run_towers`; where time lies in a tower's tokens is its `Layout`. Nothing here knows a model or an adapter.
+"""
+
+from .composite import LockstepBatch, TowerBatch, run_towers
+from .layouts import Layout
+
+
+__all__ = ["Layout", "LockstepBatch", "TowerBatch", "run_towers"]
