@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -27,15 +27,22 @@ CUDNN: Any = torch.backends.cudnn.rnn  # torch's settings for it, more than a mo
 WIDEST_KERNEL = 128  # states, whose recurrent matrix fits into a program's registers
 
 
-def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
     """See `scan`."""
+    if x.shape[1] > 1 and _runs_by_kernel(kind, x, weights[1].shape[1]):
+        return _scan_by_kernel(kind, x, weights, start)
+    if start is None:
+        start = zero_states(kind, x, weights)
     if x.shape[1] == 1:
         return _step(kind, x[:, 0], weights, start)
-    if _runs_by_kernel(kind, x, start[0].shape[2]):
-        return _scan_by_kernel(kind, x, weights, start)
     if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
         return _scan_in_parallel(kind, x, weights, start)
     return _scan_by_torch(kind, x, weights, start)
+
+
+def zero_states(kind: str, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """The states that a scan starts from by default."""
+    return [x.new_zeros(1, x.shape[0], weights[1].shape[1])] * (2 if kind == "lstm" else 1)
 
 
 def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
@@ -118,13 +125,14 @@ def _passes_trial(kind: str, device: torch.device) -> bool:
     return problem is None
 
 
-def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
     from .kernel_scan import KernelScan  # triton isn't everywhere
 
-    memory = start[1] if kind == "lstm" else torch.zeros_like(start[0])
-    start_and_memory = torch.cat([start[0], memory]).transpose(0, 1)
-    states, memory = KernelScan.apply(kind, torch.is_grad_enabled(), x, *_with_biases(weights), start_and_memory)
-    return [states, states[None, :, -1], memory[None]][: len(start) + 1]
+    biases: Sequence[Tensor | None] = weights[2:] or (None, None)
+    hidden, memory = (*(part[0] for part in start or ()), None, None)[:2]
+    states, memory = KernelScan.apply(kind, torch.is_grad_enabled(), x, *weights[:2], *biases, hidden, memory)
+    final = states.select(1, -1).unsqueeze(0)
+    return [states, final] if memory is None else [states, final, memory.unsqueeze(0)]
 
 
 def _scan_in_parallel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:

@@ -111,7 +111,7 @@ def _scan_each_way(
         if directions == 1:
             outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), initial, needs_memory)
         else:
-            ahead, back = ([part[i : i + 1] for part in initial] for i in range(2))
+            ahead, back = (None if initial is None else [part[i : i + 1] for part in initial] for i in range(2))
             outputs, *final = _masked_scan(kind, steps, mask, _weights(cell, 0, dtype), ahead, needs_memory)
             steps, mask = steps.flip(1), None if mask is None else mask.flip(1)
             others, *ends = _masked_scan(kind, steps, mask, _weights(cell, 1, dtype), back, needs_memory)
@@ -121,7 +121,7 @@ def _scan_each_way(
 
 
 def _masked_scan(
-    kind: str, x: Tensor, mask: Tensor | None, weights: list[Tensor], start: list[Tensor], needs_memory: bool
+    kind: str, x: Tensor, mask: Tensor | None, weights: list[Tensor], start: list[Tensor] | None, needs_memory: bool
 ) -> list[Tensor]:
     """`scan` over the valid steps alone."""
     if mask is None:
@@ -134,7 +134,8 @@ def _masked_scan(
         compact = torch.cat([compact, compaction.padding.to(x.dtype)], dim=-1)
         weights = _with_stop_feature(weights)
     outputs, *final = scan(kind, compact, weights, start)
-    outputs = compaction.back(outputs, start[0][0])
+    first = outputs.new_zeros(outputs.shape[0], outputs.shape[2]) if start is None else start[0][0]
+    outputs = compaction.back(outputs, first)
     return [outputs, outputs[None, :, -1], *final[1:]]
 
 
@@ -225,11 +226,11 @@ def _check_input(x: Tensor, cell: Cell, mask: Tensor | None) -> None:
 
 def _check_state(
     state: State | None, kind: str, shape: tuple[int, int, int], x: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    """The initial states, `(directions, batch, hidden)` each; an LSTM has its memory as a second."""
-    count = 2 if kind == "lstm" else 1
+) -> list[Tensor] | None:
+    """The initial states, `(directions, batch, hidden)` each; an LSTM has its memory as a second. None for zeros."""
     if state is None:
-        return [x.new_zeros(shape, dtype=dtype)] * count
+        return None
+    count = 2 if kind == "lstm" else 1
     parts = state if isinstance(state, tuple) else (state,)
     if len(parts) != count or any(tuple(part.shape) != shape for part in parts):
         raise ValueError(
