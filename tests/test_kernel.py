@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_read import recurrent_scan
 from peft_read.read import eager
-from peft_read.read.eager import SWITCH
+from peft_read.triton_kernels import SWITCH
 
 
 pytest.importorskip("triton")
@@ -286,7 +286,7 @@ def test_the_switch(monkeypatch):
     with pytest.raises(ValueError, match="at most 128 states, and the recurrence has 129"):
         recurrent_scan(torch.zeros(1, 2, 129, device=DEVICE), nn.RNN(129, 129, batch_first=True).to(DEVICE))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="needs a GPU, and the adapter is on cpu"):
+    with pytest.raises(ValueError, match="needs a GPU, and this is on cpu"):
         recurrent_scan(x, cell.float().cpu())
 
 
