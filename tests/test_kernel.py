@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_read import recurrent_scan
 from peft_read.read import eager
-from peft_read.read.eager import SWITCH
+from peft_read.triton_kernels import SWITCH
 
 
 pytest.importorskip("triton")
@@ -40,6 +40,13 @@ def kernel_scan(monkeypatch):
     from peft_read.read import kernel_scan
 
     return kernel_scan
+
+
+@pytest.fixture
+def short_chunks(kernel_scan, monkeypatch):
+    """Chunks, and guesses before them, so short that no guess is good enough."""
+    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    monkeypatch.setattr(kernel_scan, "GUESS", SHORT)
 
 
 def make(name, size=5, batch=2, time=19, weights="as initialised", **kwargs):
@@ -84,24 +91,34 @@ def check(cell, x, state):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("name", CELLS)
-def test_equals_the_module_in_double_precision(name, weights, kernel_scan, monkeypatch):
-    """Outputs, final state and all gradients, over chunks so short that all must be mended."""
-    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+def test_equals_the_module_in_double_precision(name, weights, short_chunks):
+    """Outputs, final state and all gradients, over chunks that all have to run again."""
     check(*make(name, weights=weights))
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+@pytest.mark.parametrize("name", CELLS)
+def test_what_is_left_after_the_rounds_is_mended(name, rounds, short_chunks, kernel_scan, monkeypatch):
+    """By the last program of a sequence; more chunks than it looks at together."""
+    from peft_read.read import kernel_chunks
+
+    monkeypatch.setattr(kernel_scan, "ROUNDS", rounds)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # what is compiled keeps the number that it has seen
+        monkeypatch.setattr(kernel_chunks.BLOCK, "value", 4)
+    check(*make(name, time=35, weights="never forgetting"))
+    check(*make(name, time=35))
+
+
 @pytest.mark.parametrize("time", [2, 3, 4, 5, 8, 9, 12])
-def test_any_length(time, kernel_scan, monkeypatch):
+def test_any_length(time, short_chunks):
     """Whole chunks, parts of one, and those few that need no rounds."""
-    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
     check(*make("gru", batch=1, time=time))
 
 
 @pytest.mark.parametrize("size", [1, 16, 17])
 @pytest.mark.parametrize("name", ["rnn", "lstm"])
-def test_any_width(name, size, kernel_scan, monkeypatch):
+def test_any_width(name, size, short_chunks):
     """States are padded to a power of two."""
-    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
     check(*make(name, size=size, batch=1, time=13))
 
 
@@ -110,9 +127,58 @@ def test_chunks_of_the_real_length():
     check(*make("gru", batch=1, time=100))
 
 
-def test_a_gradient_at_the_last_step_alone(kernel_scan, monkeypatch):
-    """It reaches the first steps through all chunks: no part of it may be taken for zero too early."""
+def test_chunks_grow_where_there_are_many(kernel_scan, monkeypatch):
+    """Up to a limit; what they give stays the same."""
+    states = torch.zeros(8, 2048, 32)
+    lengths = [kernel_scan._Run("gru", states.repeat(n, 1, 1), backward=False).length for n in (1, 3, 30)]
+    assert lengths == [32, 64, 128]
     monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
+    monkeypatch.setattr(kernel_scan, "MANY_WARPS", 1)
+    monkeypatch.setattr(kernel_scan, "LONGEST_CHUNK", 2 * SHORT)
+    check(*make("rnn", time=19))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_without_biases_or_an_initial_state(name, short_chunks):
+    """Where nothing is given, nothing is read; and there is no gradient for it."""
+    cell, x, _ = make(name, bias=False)
+    x.requires_grad_()
+    expected = torch.autograd.grad(cell(x)[0].square().sum(), [x, *cell.parameters()])
+    outputs, final = recurrent_scan(x.to(DEVICE), cell.to(DEVICE))
+    assert all(part.shape == (1, 2, 5) for part in (final if name == "lstm" else [final]))
+    found = torch.autograd.grad(outputs.square().sum(), [x, *cell.parameters()])
+    torch.testing.assert_close([grad.cpu() for grad in found], [grad.cpu() for grad in expected])
+
+
+def test_gradients_of_the_final_state_alone(short_chunks):
+    """Of an LSTM's memory, which isn't among the outputs."""
+    cell, x, _ = make("lstm")
+    x.requires_grad_()
+    expected = torch.autograd.grad(cell(x)[1][1].square().sum(), [x, *cell.parameters()])
+    _, (_, memory) = recurrent_scan(x.to(DEVICE), cell.to(DEVICE))
+    found = torch.autograd.grad(memory.square().sum(), [x, *cell.parameters()])
+    torch.testing.assert_close([grad.cpu() for grad in found], [grad.cpu() for grad in expected])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after another, and takes long")
+@pytest.mark.parametrize("keeps", [0.0, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_many_programs_at_once(name, keeps):
+    """Recurrences that forget at once, in several rounds, and never; the results of two runs don't differ in a bit."""
+    cell, x, state = make(name, size=32, batch=40, time=1500)
+    with torch.no_grad():
+        if name == "rnn":
+            cell.weight_hh_l0.copy_(keeps * torch.linalg.qr(cell.weight_hh_l0)[0])
+        elif keeps > 0:  # the gate that keeps the state, or memory
+            cell.bias_hh_l0[32:64] = torch.logit(torch.tensor(keeps).clamp(max=0.9999))
+    check(cell, x, state)
+    runs = [results(lambda x, cell, s: recurrent_scan(x, cell, state=s), cell, x.cuda(), state.cuda()) for _ in "12"]
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_gradient_at_the_last_step_alone(short_chunks):
+    """It reaches the first steps through all chunks: no part of it may be taken for zero too early."""
     cell, x, state = make("rnn", batch=2, time=21, weights="never forgetting")
 
     def last(function, cell, x, state):
@@ -126,9 +192,8 @@ def test_a_gradient_at_the_last_step_alone(kernel_scan, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
-def test_masks_and_both_directions(name, kernel_scan, monkeypatch):
+def test_masks_and_both_directions(name, short_chunks):
     """Padding and holes: each row's valid steps alone, in either direction."""
-    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
     cell, x, _ = make(name, time=15, bidirectional=True)
     mask = torch.ones(2, 15, dtype=torch.bool)
     mask[0, :6] = mask[1, 3] = mask[1, 11:] = False
@@ -151,9 +216,8 @@ def test_half_precision_input_keeps_a_float32_state():
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_what_is_not_a_number_stays_so(name, kernel_scan, monkeypatch):
+def test_what_is_not_a_number_stays_so(name, short_chunks):
     """From the step where it comes up to the last, through chunks whose guess knows nothing of it; and no further."""
-    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
     cell, x, _ = make(name, time=30)
     x[0, 5] = torch.nan
     cell, x = cell.to(DEVICE), x.to(DEVICE).requires_grad_()
@@ -168,9 +232,8 @@ def test_what_is_not_a_number_stays_so(name, kernel_scan, monkeypatch):
     assert grad[1, 21:].isfinite().all()
 
 
-def test_states_that_overflow(kernel_scan, monkeypatch):
+def test_states_that_overflow(short_chunks):
     """An unbounded recurrence may: then no guess is good enough."""
-    monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
     cell, x, _ = make("relu", batch=1, time=25)
     with torch.no_grad():
         cell.weight_hh_l0.fill_(1e4)
@@ -223,7 +286,7 @@ def test_the_switch(monkeypatch):
     with pytest.raises(ValueError, match="at most 128 states, and the recurrence has 129"):
         recurrent_scan(torch.zeros(1, 2, 129, device=DEVICE), nn.RNN(129, 129, batch_first=True).to(DEVICE))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="needs a GPU, and the adapter is on cpu"):
+    with pytest.raises(ValueError, match="needs a GPU, and this is on cpu"):
         recurrent_scan(x, cell.float().cpu())
 
 
@@ -267,13 +330,35 @@ def test_cudnn_is_as_exact_and_does_not_warn(name, monkeypatch):
 
 
 COMPILE = """
-import functools
 import sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+launches = []
+
+class Utils:
+    def load_binary(self, name, binary, shared, device):
+        assert len(binary) > 1000
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 100_000}
+
+    def unload_module(self, module):
+        pass
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *args):
+        address = lambda arg: arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
+        launches.append([address(arg) for arg in args])
+
 class NoGPU:
+    utils, launcher_cls = Utils(), Launcher
+
     def get_current_device(self):
         return 0
 
@@ -284,33 +369,42 @@ class NoGPU:
         return GPUTarget("cuda", int(sys.argv[2]), 32)
 
 driver.set_active(NoGPU())
-from peft_read.read import kernel, kernel_scan
 from peft_read.read.eager import GATES
+from peft_read.read.kernel_scan import KernelScan, _Run, _compiled
 
-binaries = []
+kind, size = sys.argv[1], int(sys.argv[3])
+gates, memory = GATES[kind], kind == "lstm"
+x, first = torch.zeros(2, 100, size, requires_grad=True), torch.zeros(2, size, requires_grad=True)
+matrix, bias = torch.zeros(gates * size, size), torch.zeros(gates * size)
+for start in (None, first):
+    for _ in range(2):
+        args = (x, matrix, matrix, bias, bias, start, start if memory else None)
+        outputs, _ = KernelScan.apply(kind, True, *args)
+        outputs.sum().backward()
+KernelScan.apply(kind, False, *args)
+# Both passes with and without an initial state; vanilla recurrences keep nothing for the backward pass anyway.
+assert len(_compiled) == (5 if gates > 1 else 4)
+assert len(launches) == 9
 
-def compile_only(run, *args, warmup, **kwargs):
-    binaries.append(run(*args, warmup=True, **kwargs).asm["cubin"])
-
-for function in (kernel.all_chunks, kernel.one_after_another):
-    function.run = functools.partial(compile_only, function.run)
-kind = sys.argv[1]
-gates = GATES[kind]
-for size, time in ((int(sys.argv[3]), 100), (1, 20)):
-    x = torch.zeros(2, time, size, requires_grad=True)
-    matrix, bias = torch.zeros(gates * size, size), torch.zeros(gates * size)
-    outputs, _ = kernel_scan.KernelScan.apply(kind, True, x, matrix, matrix, bias, bias, torch.zeros(2, 2, size))
-    outputs.sum().backward()
-assert len(binaries) == 2 * (4 + 1)
-assert min(map(len, binaries)) > 1000
+# What is remembered is launched as Triton itself would launch it.
+_compiled.clear()
+states = x.detach()
+run = _Run(kind, states, backward=False)
+tensors = (torch.zeros(2, 100, gates * size), matrix, bias, first, None, first, None, states, None, None)
+run.launch(tensors)
+run.launch(tensors)
+assert len(_compiled) == 1
+first, second = (launch[:6] + launch[7:] for launch in launches[-2:])  # without what Triton makes for its own hooks
+assert first == second
 """
 
 
 @pytest.mark.parametrize(
-    ("kind", "capability", "size"), [("rnn_tanh", "80", "32"), ("gru", "90", "32"), ("lstm", "100", "128")]
+    ("kind", "capability", "size"),
+    [("rnn_tanh", "80", "32"), ("gru", "90", "32"), ("lstm", "90", "64"), ("lstm", "100", "128")],
 )
 def test_the_kernels_compile_for_gpus(kind, capability, size, tmp_path):
-    """Every launch, to machine code, which takes no GPU: the interpreter accepts more than the compiler."""
+    """To machine code, which takes no GPU: the interpreter accepts more than the compiler. And they are launched."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
     script = tmp_path / "compile.py"

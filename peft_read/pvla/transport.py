@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..precision import without_autocast
+from ..triton_kernels import passes_trial, triton_runs
 
 
 Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]
@@ -24,6 +27,7 @@ SET_MASS_EVERY = 6
 LARGEST_RISE = 40.0
 # A mass this close to all that a side can carry is all of it, in float32.
 FULL = 1 - 1e-6
+LARGEST_KERNEL = 2**15  # pairs of frames and words, whose matrix fits into a program's registers
 
 
 class PartialTransport(NamedTuple):
@@ -59,6 +63,11 @@ def partial_transport(
     Proposition 5, the partial transport of READ's PVLA loss (arXiv 2312.06950). Solved in its dual, by block updates
     of one potential per frame and one per word; memory doesn't depend on `n_iter`.
 
+    On CUDA, a Triton kernel runs the entropic solver where triton is installed, in float32, on a GPU of compute
+    capability 8.0 or more, for up to 32768 pairs of frames and words, the numbers of both rounded up to powers of two.
+    There a small problem is compared with torch's result first: if it fails, a warning says so, and torch runs. The
+    environment variable `PEFT_READ_SCAN` forces either, `triton` or `torch`.
+
     The gradient of the returned cost is the plan, by the envelope theorem: that of the minimised, regularised value,
     not of `sum T C` with a plan that moves along. It can't be differentiated a second time.
 
@@ -80,8 +89,8 @@ def partial_transport(
         A [`PartialTransport`].
 
     Raises:
-        ValueError: if a shape doesn't fit the cost's, or a number is out of its range. Values in tensors on an
-            accelerator aren't looked at, as that would stall it.
+        ValueError: if a shape doesn't fit the cost's, or a number is out of its range; if the environment variable
+            forces what can't be. Values in tensors on an accelerator aren't looked at, as that would stall it.
     """
     _check(cost, mass, reg, n_iter, frame_mask, word_mask)
     with without_autocast(cost.device):
@@ -92,7 +101,8 @@ def partial_transport(
             costs = torch.where(masks[0][:, :, None] & masks[1][:, None, :], cost, FORBIDDEN * reg)
             total = torch.minimum(frames.sum(1), words.sum(1)) * (mass.to(cost) if isinstance(mass, Tensor) else mass)
             if solver == "entropic":
-                plan, residual = _solve_entropic(costs, frames, words, total, masks, reg, n_iter)
+                solve = _solve_by_kernel if _runs_by_kernel(costs) else _solve_entropic
+                plan, residual = solve(costs, frames, words, total, masks, reg, n_iter)
             elif solver == "exact":
                 plan, residual = _solve_exact(costs, frames, words, total), torch.zeros_like(total)
             else:
@@ -101,6 +111,38 @@ def partial_transport(
             plan, residual = plan.masked_fill_(unsolvable[:, None, None], 0), residual.masked_fill_(unsolvable, 0)
             value = (plan * costs).sum((1, 2))
         return PartialTransport(plan, _Envelope.apply(cost, value, plan), residual)
+
+
+def _runs_by_kernel(cost: Tensor) -> bool:
+    """Whether the Triton kernel is to be used, see `triton_runs`."""
+    lacks = None
+    pairs = math.prod(2 ** max(4, (points - 1).bit_length()) for points in cost.shape[1:])
+    if cost.dtype != torch.float32:
+        lacks = f"costs in float32, and these are in {cost.dtype}"
+    elif pairs > LARGEST_KERNEL:
+        lacks = f"at most {LARGEST_KERNEL} pairs of frames and words, and here are {pairs} (of powers of two)"
+    return triton_runs(cost, lacks, lambda: _passes_trial(cost.device))
+
+
+@cache
+def _passes_trial(device: torch.device) -> bool:
+    """Whether the kernel gives on a GPU what torch does, see `passes_trial`."""
+
+    def compare() -> list[tuple[Tensor, Tensor]]:
+        plans = []
+        for solve, dtype in ((_solve_by_kernel, torch.float32), (_solve_entropic, torch.float64)):
+            cost = torch.linspace(0, 1, 2 * 40 * 20, dtype=dtype, device=device).mul(90).sin().view(2, 40, 20)
+            frames, words, masks = _capacities(cost, "unit", None, None)
+            plans.append(solve(cost, frames, words, words.sum(1) / 2, masks, 0.1, 60)[0])
+        return [(plans[0], plans[1])]
+
+    return passes_trial(device, compare)
+
+
+def _solve_by_kernel(cost: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    from .transport_kernel import solve  # triton isn't everywhere
+
+    return solve(cost, *args)
 
 
 class _Envelope(torch.autograd.Function):

@@ -6,36 +6,40 @@ torch's operations. Everything else goes through torch's own kernels.
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..triton_kernels import passes_trial, triton_runs
 from .parallel import GatedScan, VanillaScan
 
 
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-SWITCH = "PEFT_READ_SCAN"  # environment variable that forces what else is chosen by device, see `recurrent_scan`
 CUDNN: Any = torch.backends.cudnn.rnn  # torch's settings for it, more than a module's attributes
 WIDEST_KERNEL = 128  # states, whose recurrent matrix fits into a program's registers
 
 
-def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
     """See `scan`."""
+    if x.shape[1] > 1 and _runs_by_kernel(kind, x, weights[1].shape[1]):
+        return _scan_by_kernel(kind, x, weights, start)
+    if start is None:
+        start = zero_states(kind, x, weights)
     if x.shape[1] == 1:
         return _step(kind, x[:, 0], weights, start)
-    if _runs_by_kernel(kind, x, start[0].shape[2]):
-        return _scan_by_kernel(kind, x, weights, start)
     if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
         return _scan_in_parallel(kind, x, weights, start)
     return _scan_by_torch(kind, x, weights, start)
+
+
+def zero_states(kind: str, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """The states that a scan starts from by default."""
+    return [x.new_zeros(1, x.shape[0], weights[1].shape[1])] * (2 if kind == "lstm" else 1)
 
 
 def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
@@ -48,49 +52,21 @@ def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> l
 
 
 def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
-    """Whether the Triton kernels are to be used.
-
-    Raises:
-        ValueError: if the switch has another value than `auto`, `torch` and `triton`, or forces the kernel upon what
-            it can't run.
-    """
-    choice = os.environ.get(SWITCH, "auto")
-    if choice not in ("auto", "torch", "triton"):
-        raise ValueError(f"The environment variable {SWITCH} must be auto, torch or triton, got {choice!r}.")
-    if choice == "torch" or (choice == "auto" and not x.is_cuda):
-        return False
+    """Whether the Triton kernels are to be used, see `triton_runs`."""
     lacks = None
-    if not _has_triton():
-        lacks = "the package triton, which isn't installed"
-    elif not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        lacks = f"a GPU, and the adapter is on {x.device}"
-    elif x.dtype != torch.float32:
+    if x.dtype != torch.float32:
         lacks = f"a computation in float32, and this is in {x.dtype}"
     elif width > WIDEST_KERNEL:
         lacks = f"at most {WIDEST_KERNEL} states, and the recurrence has {width}"
-    if choice == "triton":
-        if lacks is not None:
-            raise ValueError(f"{SWITCH}=triton needs {lacks}. Unset it to let the device decide.")
-        return True
-    return lacks is None and _passes_trial(kind, x.device)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return triton_runs(x, lacks, lambda: _passes_trial(kind, x.device))
 
 
 @cache
 def _passes_trial(kind: str, device: torch.device) -> bool:
-    """Whether the kernels give on a GPU what torch's do; a warning says why not.
+    """Whether the kernels give on a GPU what torch's do, see `passes_trial`."""
 
-    Triton needs a compiler beside it, and there are more GPUs than can be tested on.
-    """
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    rows, size = GATES[kind] * 8, 8
-    try:
-        results = []
+    def compare() -> list[tuple[Tensor, Tensor]]:
+        rows, size, results = GATES[kind] * 8, 8, []
         with torch.inference_mode(False), torch.enable_grad():
             for run, dtype in ((_scan_by_kernel, torch.float32), (_scan_by_torch, torch.float64)):
                 inputs, *weights = (
@@ -101,30 +77,20 @@ def _passes_trial(kind: str, device: torch.device) -> bool:
                 matrices = [weight[: rows * size].view(rows, size) / 2 for weight in weights]
                 start = [x.new_zeros(1, 2, size)] * (2 if kind == "lstm" else 1)
                 outputs = run(kind, x, [*matrices, *x.new_ones(2, rows).detach()], start)[0]
-                results += [outputs.detach(), *torch.autograd.grad(outputs.square().sum(), x)]
-        problem = None
-        for ours, theirs in zip(results[:2], results[2:], strict=True):
-            if not torch.allclose(ours.double(), theirs, rtol=0, atol=1e-2 * float(theirs.abs().max())):
-                problem = "they give other results than torch's"
-    except Exception as error:  # whatever a compiler, driver or GPU comes up with
-        problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
-        name = torch.cuda.get_device_name(device)
-        warnings.warn(
-            f"READ's Triton kernels don't run on {name} ({problem}). torch's own kernels run instead, slower ones. "
-            f"Set {SWITCH}=torch to choose them without this warning.",
-            stacklevel=2,
-        )
-    return problem is None
+                results.append([outputs.detach(), *torch.autograd.grad(outputs.square().sum(), x)])
+        return list(zip(*results, strict=True))
+
+    return passes_trial(device, compare)
 
 
-def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
     from .kernel_scan import KernelScan  # triton isn't everywhere
 
-    memory = start[1] if kind == "lstm" else torch.zeros_like(start[0])
-    start_and_memory = torch.cat([start[0], memory]).transpose(0, 1)
-    states, memory = KernelScan.apply(kind, torch.is_grad_enabled(), x, *_with_biases(weights), start_and_memory)
-    return [states, states[None, :, -1], memory[None]][: len(start) + 1]
+    biases: Sequence[Tensor | None] = weights[2:] or (None, None)
+    hidden, memory = (*(part[0] for part in start or ()), None, None)[:2]
+    states, memory = KernelScan.apply(kind, torch.is_grad_enabled(), x, *weights[:2], *biases, hidden, memory)
+    final = states.select(1, -1).unsqueeze(0)
+    return [states, final] if memory is None else [states, final, memory.unsqueeze(0)]
 
 
 def _scan_in_parallel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:

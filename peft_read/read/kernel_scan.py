@@ -1,9 +1,8 @@
-"""The recurrences by Triton's kernels, as an autograd function."""
+"""The recurrences by Triton's kernel, as an autograd function."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from itertools import pairwise
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,63 +11,86 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..precision import backward_without_autocast
-from .kernel import all_chunks, one_after_another
+from ..precision import without_autocast
+from .eager import GATES
+from .kernel_chunks import all_chunks
 
 
 CHUNK = 32
-ROUNDS = 2
-VECTORS = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}  # that a step keeps for the backward pass, and it gives
+LONGEST_CHUNK = 128
+MANY_WARPS = 1024  # at once, from which on more of them gain nothing: then chunks are longer
+GUESS = 48  # steps after which a recurrence as it is initialised has forgotten where it began
+ROUNDS = 8
+GROUP = 2
+# By the padded number of states and by the matrices, which take up to 128 registers of a thread (192 of a wide GRU's).
+WARPS = {16: {1: 1, 3: 1, 4: 1}, 32: {1: 1, 3: 1, 4: 1}, 64: {1: 2, 3: 4, 4: 4}, 128: {1: 4, 3: 8, 4: 16}}
+KEPT = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}  # vectors that a step keeps for the backward pass
+SENT = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 6, "lstm": 4}  # vectors that the backward pass sends into a step's gates
+TOLERANCE = 4 * torch.finfo(torch.float32).eps
+_NOTHING = nullcontext()
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _settle(
-    kind: str,
-    start: Tensor,
-    scales: Tensor,
-    tensors: tuple[Tensor, ...],
-    *,
-    backward: bool = False,
-    keep: bool = False,
-) -> Tensor:
-    """Run a recurrence over all chunks until each began with what its predecessor ended with.
+class _Run:
+    """One run over all sequences: how they are cut, and the kernel's scratch memory, see there."""
 
-    Args:
-        kind: of `VECTORS`.
-        start: `(batch, 2, size)`, the state to start from and an LSTM's memory.
-        scales: `(batch,)`, a few roundings of which don't matter.
-        tensors: what the kernels read and write, as said there.
-        backward: run the linear recurrence of the gradients, from the last step to the first.
-        keep: store what the backward pass needs.
+    def __init__(self, kind: str, states: Tensor, *, backward: bool) -> None:
+        self.batch, self.time, self.size = states.shape
+        self.padded = max(16, triton.next_power_of_2(self.size))
+        self.warps = WARPS[self.padded][GATES[kind]]
+        self.length = CHUNK
+        while self.length < LONGEST_CHUNK and self.batch * self.time * self.warps > MANY_WARPS * self.length:
+            self.length *= 2
+        self.count = -(-self.time // self.length)
+        self.programs = self.batch * self.count
+        self.kind, self.backward = kind, backward
+        width = 2 * self.size + 1
+        self.ended = self.batch + self.programs * (2 + 2 * self.size)
+        self.totals = self.ended + self.programs * width * (ROUNDS + 2)
+        self.scratch = states.new_zeros(self.totals + self.programs * self.size * SENT[kind] * backward)
 
-    Returns:
-        State and memory after the last step, like `start`.
-    """
-    batch, _, size = start.shape
-    states = tensors[4]
-    time = states.shape[1]
-    count = triton.cdiv(time, CHUNK)
-    padded = max(16, triton.next_power_of_2(size))
-    begun, *ends = start.new_empty(ROUNDS + 2, batch, count, 2, size)
-    numbers = (time, size, count, 4 * torch.finfo(torch.float32).eps)
-    options: dict[str, Any] = {"kind": kind, "backward": backward, "keep": keep, "length": CHUNK, "padded": padded}
-    # The recurrent matrices take some 32 registers of every thread, as long as there may be more threads.
-    options["num_warps"] = min(32, max(1, VECTORS[kind] * padded * padded // 1024))
-    with torch.cuda.device(start.device) if start.is_cuda else nullcontext():
-        grid = (batch * count,)
-        all_chunks[grid](tensors, start, scales, begun, ends[0], ends[0], *numbers, **options, is_first=True)
-        if count <= 2:  # the second chunk's guess begins with the first step
-            return ends[0][:, -1]
-        for handed, ended in pairwise(ends):
-            all_chunks[grid](tensors, start, scales, begun, handed, ended, *numbers, **options, is_first=False)
-        one_after_another[(batch,)](tensors, scales, begun, ends[-1], *numbers, **options, block=16)
-    return ends[-1][:, -1]
+    def launch(self, tensors: tuple[Tensor | None, ...], *, keep: bool = False) -> None:
+        """Launch the kernel on its arguments up to the scratch memory.
+
+        At every launch, Triton works out from all arguments which of the kernels that it has compiled is theirs. That
+        takes longer than all else here, and it never is another one: the kernel isn't specialised for numbers or
+        addresses, and all tensors are float32. So it is remembered.
+        """
+        numbers = (self.time, self.size, self.count, self.length, GUESS, ROUNDS, TOLERANCE)
+        constants = (self.kind, self.backward, keep, self.padded, GROUP)
+        grid = (self.programs, 1, 1)
+        key = (self.scratch.device, self.warps, constants, *[tensor is None for tensor in tensors])
+        compiled = _compiled.get(key)
+        with _on_device(self.scratch.device):
+            if compiled is None:
+                options = {"num_warps": self.warps, "enable_fp_fusion": True}
+                _compiled[key] = all_chunks[grid](*tensors, self.scratch, *numbers, *constants, **options)
+            else:
+                addresses = [None if tensor is None else tensor.data_ptr() for tensor in (*tensors, self.scratch)]
+                compiled[grid](*addresses, *numbers, *constants)
+
+    def last(self) -> Tensor:
+        """State and memory after each sequence's last step, `(batch, 2, size)`."""
+        ended = self.scratch[self.ended :][: self.programs * (2 * self.size + 1)].view(self.batch, self.count, -1)
+        return ended[:, -1, :-1].unflatten(1, (2, -1))
+
+    def sums(self) -> Tensor:
+        """What the gates received over all steps, `(vectors * size,)`."""
+        return self.scratch[self.totals :].view(self.programs, -1).sum(0)
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 class KernelScan(torch.autograd.Function):
-    """A recurrence of `VECTORS` in float32: `(batch, time, features)` -> states `(batch, time, hidden)`.
+    """A recurrence of `KEPT` in float32: `(batch, time, features)` -> states `(batch, time, hidden)`.
 
-    Starts from state and memory `(batch, 2, hidden)`, and gives an LSTM's last memory besides, `(batch, hidden)`.
-    `keep` says whether there will be a backward pass.
+    Starts from state and memory `(batch, hidden)`, or from zeros where they are None, and gives an LSTM's last memory
+    besides, which is None for others. Biases may be None as well. `keep` says whether there will be a backward pass.
     """
 
     @staticmethod
@@ -79,46 +101,51 @@ class KernelScan(torch.autograd.Function):
         x: Tensor,
         w_in: Tensor,
         w_hidden: Tensor,
-        b_in: Tensor,
-        b_hidden: Tensor,
-        start: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        b_in: Tensor | None,
+        b_hidden: Tensor | None,
+        hidden: Tensor | None,
+        memory: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         size = w_hidden.shape[1]
-        bias = b_in + b_hidden
-        if kind == "gru":  # the reset gate multiplies the last part of its recurrent bias
-            bias = torch.cat([bias[: 2 * size], b_in[2 * size :]])
-        weight, start = w_hidden.contiguous(), start.contiguous()
         states = x.new_empty(*x.shape[:2], size)
-        memories = torch.empty_like(states) if kind == "lstm" else states
-        keep = keep and VECTORS[kind] > 1
-        kept = x.new_empty(*x.shape[:2], VECTORS[kind] * size) if keep else states
-        inputs = F.linear(x, w_in, bias).contiguous()
-        tensors = (inputs, weight, b_hidden[2 * size :].contiguous(), start, states, memories, kept, states)
-        last = _settle(kind, start, x.new_zeros(len(x)), tensors, keep=keep)
+        keep = keep and KEPT[kind] > 0
+        kept = x.new_empty(*x.shape[:2], KEPT[kind] * size) if keep else None
+        inputs, transposed = F.linear(x, w_in, b_in).contiguous(), w_hidden.t().contiguous()
+        b_hidden, hidden, memory = (None if part is None else part.contiguous() for part in (b_hidden, hidden, memory))
+        run = _Run(kind, states, backward=False)
+        run.launch((inputs, transposed, b_hidden, hidden, memory, hidden, memory, states, kept, None), keep=keep)
         ctx.kind = kind
-        ctx.save_for_backward(x, w_in, weight, start, states, memories, kept)
-        return states, last[:, 1].clone()  # without the memory around it
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w_in, w_hidden, hidden, memory, states, kept)
+        # The copy is made for it to be without the scratch memory around it.
+        return states, run.last()[:, 1].clone() if kind == "lstm" else None
 
     @staticmethod
     @once_differentiable
-    @backward_without_autocast
-    def backward(ctx: Any, grad: Tensor, grad_memory: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, weight, start, states, memories, kept = ctx.saved_tensors
-        kind, size = ctx.kind, states.shape[2]
-        grad, origin = grad.contiguous(), start[:, 1 if kind == "lstm" else 0].contiguous()
-        deltas = states.new_empty(*states.shape[:2], VECTORS[kind] * size)
-        carry = torch.stack([torch.zeros_like(grad_memory), grad_memory], dim=1)
-        scales = torch.linalg.vector_norm(grad.flatten(1), torch.inf, dim=1)
-        tensors = (grad, weight, weight, origin, states, memories, kept, deltas)
-        grad_start = _settle(kind, carry, scales, tensors, backward=True)
+    def backward(ctx: Any, grad: Tensor | None, grad_memory: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, w_in, w_hidden, hidden, memory, states, kept = ctx.saved_tensors
+        grad = torch.zeros_like(states) if grad is None else grad.contiguous()
+        grad_memory = None if grad_memory is None else grad_memory.contiguous()
+        kind, rows, sent = ctx.kind, len(w_in), SENT[ctx.kind] * states.shape[2]
+        record = states.new_empty(*states.shape[:2], sent + states.shape[2])
+        run = _Run(kind, states, backward=True)
+        run.launch((grad, w_hidden.contiguous(), None, None, grad_memory, hidden, memory, states, kept, record))
 
-        rows, before = deltas.flatten(0, 1), torch.cat([start[:, :1], states[:, :-1]], dim=1)
-        grad_w_in, grad_w_hidden = rows.t() @ x.flatten(0, 1), rows.t() @ before.flatten(0, 1)
-        grad_b_in = grad_b_hidden = rows.sum(0)
-        if kind == "gru":  # the third of its four vectors is for the input alone, the last for the state alone
-            rows = rows[:, : 3 * size]
-            grad_w_in, grad_b_in = grad_w_in[: 3 * size], grad_b_in[: 3 * size]
-            grad_w_hidden, grad_b_hidden = (
-                torch.cat([part[: 2 * size], part[3 * size :]]) for part in (grad_w_hidden, grad_b_hidden)
+        # What a step sends into its gates through its inputs, and through the state before it. That is one and the
+        # same, except for the new state of a GRU, of which the reset gate takes part of the latter.
+        record, sums = record.flatten(0, 1), run.sums()
+        to_inputs, to_states, before = record[:, :rows], record[:, sent - rows : sent], record[:, sent:]
+        sum_inputs, sum_states = (sums, sums) if sent == rows else sums.split(rows)
+        last = run.last()
+        with without_autocast(x.device):
+            return (
+                None,
+                None,
+                (to_inputs @ w_in).view_as(x),
+                to_inputs.t() @ x.flatten(0, 1),
+                to_states.t() @ before,
+                sum_inputs if ctx.needs_input_grad[5] else None,
+                sum_states if ctx.needs_input_grad[6] else None,
+                last[:, 0] if ctx.needs_input_grad[7] else None,
+                last[:, 1] if ctx.needs_input_grad[8] else None,
             )
-        return None, None, (rows @ w_in).view_as(x), grad_w_in, grad_w_hidden, grad_b_in, grad_b_hidden, grad_start

@@ -115,7 +115,8 @@ def _scan_each_way(
     initial = _check_state(state, kind, (directions, x.shape[0], cell.hidden_size), x, dtype)
 
     def scan_one_way(direction: int, steps: Tensor, mask: Tensor | None, starts: Tensor | None) -> list[Tensor]:
-        weights, start = _weights(cell, direction, dtype), [part[direction : direction + 1] for part in initial]
+        weights = _weights(cell, direction, dtype)
+        start = None if initial is None else [part[direction : direction + 1] for part in initial]
         if starts is not None:
             return [scan_sequences(kind, steps, mask, starts, weights)]
         return masked_scan(kind, steps, mask, weights, start, needs_memory)
@@ -211,11 +212,11 @@ def _check_input(x: Tensor, cell: Cell, mask: Tensor | None) -> None:
 
 def _check_state(
     state: State | None, kind: str, shape: tuple[int, int, int], x: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    """The initial states, `(directions, batch, hidden)` each; an LSTM has its memory as a second."""
-    count = 2 if kind == "lstm" else 1
+) -> list[Tensor] | None:
+    """The initial states, `(directions, batch, hidden)` each; an LSTM has its memory as a second. None for zeros."""
     if state is None:
-        return [x.new_zeros(shape, dtype=dtype)] * count
+        return None
+    count = 2 if kind == "lstm" else 1
     parts = state if isinstance(state, tuple) else (state,)
     if len(parts) != count or any(tuple(part.shape) != shape for part in parts):
         raise ValueError(

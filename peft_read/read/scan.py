@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_tracing
-from .eager import scan_eagerly
+from .eager import scan_eagerly, zero_states
 
 
-def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
     """Run a recurrence over `x`.
 
     Args:
@@ -21,13 +21,15 @@ def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> li
         x: `(batch, time, features)`.
         weights: input matrix `(gates * hidden, features)`, recurrent matrix `(gates * hidden, hidden)`, and the two
             biases `(gates * hidden,)` or none.
-        start: the initial states, `(1, batch, hidden)` each: one, for an LSTM its memory as a second.
+        start: the initial states, `(1, batch, hidden)` each: one, for an LSTM its memory as a second; None for zeros.
 
     Returns:
         The outputs `(batch, time, hidden)` and then the final states, like `start`.
     """
     if not is_tracing():
         return scan_eagerly(kind, x, weights, start)
+    if start is None:
+        start = zero_states(kind, x, weights)
     none = x.new_empty(0)
     biases = weights[2:] or [none, none]
     memory = start[1] if kind == "lstm" else none

@@ -13,7 +13,7 @@ from .scan import autograd_inside_an_operator, scan
 
 
 def masked_scan(
-    kind: str, x: Tensor, mask: Tensor | None, weights: list[Tensor], start: list[Tensor], needs_memory: bool
+    kind: str, x: Tensor, mask: Tensor | None, weights: list[Tensor], start: list[Tensor] | None, needs_memory: bool
 ) -> list[Tensor]:
     """`scan` over the valid steps alone; an LSTM's last memory may be wrong under a mask if it isn't needed."""
     if mask is None:
@@ -26,7 +26,8 @@ def masked_scan(
         compact = torch.cat([compact, compaction.padding.to(x.dtype)], dim=-1)
         weights = _with_stop_feature(weights)
     outputs, *final = scan(kind, compact, weights, start)
-    outputs = compaction.back(outputs, start[0][0])
+    first = outputs.new_zeros(outputs.shape[0], outputs.shape[2]) if start is None else start[0][0]
+    outputs = compaction.back(outputs, first)
     return [outputs, outputs[None, :, -1], *final[1:]]
 
 
@@ -62,8 +63,7 @@ def _scan_sequences(kind: str, x: Tensor, mask: Tensor | None, starts: Tensor, w
     places = (edges[:, None] + columns).clamp(max=batch * time - 1)
     apart = x.flatten(0, 1)[places]
     valid = inside if mask is None else inside & mask.flatten()[places]
-    zeros = [x.new_zeros(1, len(edges), weights[1].shape[1])] * (2 if kind == "lstm" else 1)
-    outputs, *_ = masked_scan(kind, apart, valid, weights, zeros, needs_memory=False)
+    outputs, *_ = masked_scan(kind, apart, valid, weights, None, needs_memory=False)
     return outputs[inside].view(batch, time, -1)
 
 
