@@ -23,8 +23,8 @@ from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer  # noqa: E4
 from .pvla.transport import partial_transport  # noqa: E402
 from .read.config import ReadConfig  # noqa: E402
 from .read.model import ReadModel  # noqa: E402
-from .read.onnx_operators import onnx_translations  # noqa: E402
-from .read.recurrence import recurrent_scan  # noqa: E402
+from .recurrence.onnx import onnx_translations  # noqa: E402
+from .recurrence.scan import recurrent_scan  # noqa: E402
 from .trimodal.configuration import TrimodalConfig  # noqa: E402
 from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
 from .trimodal.modeling import TrimodalModel  # noqa: E402

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kernels import passes_trial, triton_runs
 from ..precision import without_autocast
-from ..triton_kernels import passes_trial, triton_runs
 
 
 Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]

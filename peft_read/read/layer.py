@@ -18,9 +18,11 @@ from ..forward.description import description_of, descriptions
 from ..forward.packing import described_starts, starts_of
 from ..forward.padding import described_padding, padding_of, reads_a_mask
 from ..precision import linear, weights_at_hand, without_autocast
+from ..recurrence.cells import State
+from ..recurrence.module import Recurrence
+from ..recurrence.packed import packed_states, unpack_state
 from ..tuners.base import AdapterLayer
 from .config import ReadConfig
-from .recurrence import Recurrence, State, packed_states, unpack_state
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from peft_read import ReadConfig
-from peft_read.read import scan
-from peft_read.read.recurrence import Recurrence
+from peft_read.recurrence import operator as scan
+from peft_read.recurrence.module import Recurrence
 
 
 CELLS = pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "none"])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from peft_read import onnx_translations, recurrent_scan
-from peft_read.read.recurrence import Recurrence
+from peft_read.recurrence.module import Recurrence
 
 
 CELLS = pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "none"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from meetings import first, watch_blocks
 from torch import nn
 from transformers import ConvNextConfig, ConvNextModel
 from trimodal_families import (
@@ -20,7 +21,7 @@ from trimodal_families import (
 
 from peft_read.architectures.blocks import block_width, blocks_of_levels, find_blocks
 from peft_read.lockstep.composite import TowerBatch
-from peft_read.lockstep.coroutines import count_call, meet, run_in_lockstep
+from peft_read.lockstep.coroutines import run_in_lockstep
 from peft_read.lockstep.layouts import Layout, layout_of, step_mask, takes_videos, token_mask
 
 
@@ -31,43 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
 ]
 EVERY = pytest.mark.parametrize("family", FAMILIES)
-
-
-def first(output):
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-class Meeting(nn.Module):
-    """Stands for an adapted block: what it gives goes to a meeting, and the reply on through the tower."""
-
-    def __init__(self, block, levels, seen):
-        super().__init__()
-        self.block, self.levels, self.seen = block, levels, seen
-
-    def forward(self, *args, **kwargs):
-        output = self.block(*args, **kwargs)
-        level = self.levels[count_call(self)]
-        hidden = meet(level, first(output))
-        if hidden is None:
-            return output
-        self.seen.append(hidden)
-        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-
-def watch_blocks(model, seen):
-    """Let every block of a tower meet after it, and note its hidden states in `seen`."""
-    levels: dict[str, list[int]] = {}
-    for level, name in enumerate(find_blocks(model)):
-        levels.setdefault(name, []).append(level)
-    for name, of_block in levels.items():
-        around, _, child = name.rpartition(".")
-        setattr(model.get_submodule(around), child, Meeting(model.get_submodule(name), of_block, seen))
 
 
 def test_the_table_is_as_long_as_promised():

@@ -22,7 +22,7 @@ from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.training import grounding_metrics
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "finetune_video.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_video.py"
 
 
 def write_video(path, seconds, rate=4, audio_only=False):

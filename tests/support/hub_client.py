@@ -168,7 +168,7 @@ def readme(folder):
     import peft_read
 
     os.environ["HF_TOKEN"] = "token of your-name"
-    text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     share, load = (part.split("```")[0] for part in text.split("\n## Share\n")[1].split("```python\n")[1:3])
     model = adapter(peft_read.ReadConfig(r=2, modules_to_save=["classifier"]))
     args = set_usual(TrainingArguments(folder / "your-adapter"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tracing import is_tracing
 from .compaction import Compaction
-from .scan import autograd_inside_an_operator, scan
+from .operator import autograd_inside_an_operator, scan
 
 
 def masked_scan(

@@ -36,7 +36,7 @@ from transformers import (
 from peft_read import LsttaConfig, TrimodalForSequenceClassification
 
 
-CONFIGURATIONS = Path(__file__).parents[1] / "examples" / "accelerate"
+CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 STEPS, EPOCH = 20, 7  # steps of a run, and of an epoch
 # Of 8 examples, in two accumulated batches.
 OPTIONS = {

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -420,7 +421,8 @@ def test_load_in_a_fresh_process(saved):
         f"model = PeftModel.from_pretrained(composite(), {str(saved)!r})\n"
         f"torch.save(result(model, batch_of()), {str(saved / 'result.pt')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=__file__.rpartition("/")[0])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
     assert_same(torch.load(saved / "result.pt"), result(adapted(), INPUTS), **CLOSE)
 
 

@@ -36,7 +36,7 @@ from peft_read import TrimodalProcessor
 from peft_read.trimodal.media import read_frames, read_sound
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "trimodal_question_answering.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "trimodal_question_answering.py"
 # Without torchvision and torchaudio, transformers says that it does it another way.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(torchvision|torchaudio|mel filter).*")
 WIDTH, FRAMES, BINS = 16, 4, 8

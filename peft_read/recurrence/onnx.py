@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .eager import GATES
+from .dispatch import GATES
 
 
 # Where torch's gates lie among ONNX's. Of torch: GRU reset, update, new; LSTM in, forget, new, out.

@@ -12,7 +12,7 @@ from itertools import pairwise
 import greenlet
 import pytest
 import torch
-from test_trimodal_blocks import first, watch_blocks
+from meetings import first, watch_blocks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trimodal_families import enable_checkpointing, tower, tower_inputs

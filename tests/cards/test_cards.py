@@ -25,7 +25,7 @@ from peft_read.cards.content import templates
 from peft_read.cards.page import Page
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULT = EvalResult("text-classification", "ann/rain", "Rain", "accuracy", 0.875)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transport_oracles import capacities, cosine_costs, pot_entropic
 
+from peft_read.kernels import SWITCH
 from peft_read.pvla import transport
 from peft_read.pvla.transport import partial_transport
-from peft_read.triton_kernels import SWITCH
 
 
 pytest.importorskip("triton")

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..precision import without_autocast
-from .eager import GATES
-from .kernel_chunks import all_chunks
+from .dispatch import GATES
+from .triton_chunks import all_chunks
 
 
 CHUNK = 32

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..triton_kernels import passes_trial, triton_runs
-from .parallel import GatedScan, VanillaScan
+from ..kernels import passes_trial, triton_runs
+from .chunked_cpu import GatedScan, VanillaScan
 
 
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
@@ -84,7 +84,7 @@ def _passes_trial(kind: str, device: torch.device) -> bool:
 
 
 def _scan_by_kernel(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
-    from .kernel_scan import KernelScan  # triton isn't everywhere
+    from .chunked_triton import KernelScan  # triton isn't everywhere
 
     biases: Sequence[Tensor | None] = weights[2:] or (None, None)
     hidden, memory = (*(part[0] for part in start or ()), None, None)[:2]

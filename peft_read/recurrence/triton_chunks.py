@@ -16,7 +16,7 @@ which program is faster.
 import triton
 import triton.language as tl
 
-from .kernel import _load_matrices, _load_row, run_steps
+from .triton_steps import _load_matrices, _load_row, run_steps
 
 
 PATIENCE = tl.constexpr(4096)  # how often a program looks for news of its predecessor, at intervals of a microsecond

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_tracing
-from .eager import scan_eagerly, zero_states
+from .dispatch import scan_eagerly, zero_states
 
 
 def scan(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from peft_read import recurrent_scan
-from peft_read.read import eager
-from peft_read.triton_kernels import SWITCH
+from peft_read.kernels import SWITCH
+from peft_read.recurrence import dispatch as eager
 
 
 pytest.importorskip("triton")
@@ -37,7 +37,7 @@ SHORT = 4  # a chunk's steps where many chunks are wanted: the interpreter takes
 def kernel_scan(monkeypatch):
     """The kernels' module, for which every scan is sent to them."""
     monkeypatch.setenv(SWITCH, "triton")
-    from peft_read.read import kernel_scan
+    from peft_read.recurrence import chunked_triton as kernel_scan
 
     return kernel_scan
 
@@ -100,7 +100,7 @@ def test_equals_the_module_in_double_precision(name, weights, short_chunks):
 @pytest.mark.parametrize("name", CELLS)
 def test_what_is_left_after_the_rounds_is_mended(name, rounds, short_chunks, kernel_scan, monkeypatch):
     """By the last program of a sequence; more chunks than it looks at together."""
-    from peft_read.read import kernel_chunks
+    from peft_read.recurrence import triton_chunks as kernel_chunks
 
     monkeypatch.setattr(kernel_scan, "ROUNDS", rounds)
     if os.environ.get("TRITON_INTERPRET") == "1":  # what is compiled keeps the number that it has seen
@@ -265,7 +265,7 @@ def test_the_switch(monkeypatch):
     """It forces either path; what can't be forced is said."""
     cell, x, _ = make("gru", time=3)
     called = []
-    from peft_read.read import kernel_scan
+    from peft_read.recurrence import chunked_triton as kernel_scan
 
     original = kernel_scan.KernelScan.apply
     monkeypatch.setattr(kernel_scan.KernelScan, "apply", lambda *args: called.append(1) or original(*args))
@@ -369,8 +369,8 @@ class NoGPU:
         return GPUTarget("cuda", int(sys.argv[2]), 32)
 
 driver.set_active(NoGPU())
-from peft_read.read.eager import GATES
-from peft_read.read.kernel_scan import KernelScan, _Run, _compiled
+from peft_read.recurrence.dispatch import GATES
+from peft_read.recurrence.chunked_triton import KernelScan, _Run, _compiled
 
 kind, size = sys.argv[1], int(sys.argv[3])
 gates, memory = GATES[kind], kind == "lstm"

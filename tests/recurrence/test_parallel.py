@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from peft_read import recurrent_scan
-from peft_read.read import chunks
-from peft_read.read.chunks import Chunks
+from peft_read.recurrence import chunks
+from peft_read.recurrence.chunks import Chunks
 
 
 CELLS = [nn.RNN, nn.GRU]
