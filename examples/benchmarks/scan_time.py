@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_read import ReadConfig, recurrent_scan
-from peft_read.read.context import ForwardContext
+from peft_read.forward.context import ForwardContext
 from peft_read.read.layer import ReadLayer
 
 

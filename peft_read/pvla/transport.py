@@ -66,7 +66,7 @@ def partial_transport(
     On CUDA, a Triton kernel runs the entropic solver where triton is installed, in float32, on a GPU of compute
     capability 8.0 or more, for up to 32768 pairs of frames and words, the numbers of both rounded up to powers of two.
     There a small problem is compared with torch's result first: if it fails, a warning says so, and torch runs. The
-    environment variable `PEFT_READ_SCAN` forces either, `triton` or `torch`.
+    environment variable `PEFT_READ_SCAN` forces either, `triton` or `torch`, here and in `recurrent_scan`.
 
     The gradient of the returned cost is the plan, by the envelope theorem: that of the minimised, regularised value,
     not of `sum T C` with a plan that moves along. It can't be differentiated a second time.

@@ -136,7 +136,8 @@ class KernelScan(torch.autograd.Function):
         record, sums = record.flatten(0, 1), run.sums()
         to_inputs, to_states, before = record[:, :rows], record[:, sent - rows : sent], record[:, sent:]
         sum_inputs, sum_states = (sums, sums) if sent == rows else sums.split(rows)
-        last = run.last()
+        needed = ctx.needs_input_grad
+        first = run.last().unbind(1) if needed[7] or needed[8] else (None, None)
         with without_autocast(x.device):
             return (
                 None,
@@ -144,8 +145,8 @@ class KernelScan(torch.autograd.Function):
                 (to_inputs @ w_in).view_as(x),
                 to_inputs.t() @ x.flatten(0, 1),
                 to_states.t() @ before,
-                sum_inputs if ctx.needs_input_grad[5] else None,
-                sum_states if ctx.needs_input_grad[6] else None,
-                last[:, 0] if ctx.needs_input_grad[7] else None,
-                last[:, 1] if ctx.needs_input_grad[8] else None,
+                sum_inputs if needed[5] else None,
+                sum_states if needed[6] else None,
+                first[0] if needed[7] else None,
+                first[1] if needed[8] else None,
             )

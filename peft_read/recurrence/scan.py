@@ -26,7 +26,8 @@ def recurrent_scan(
     States are those of running step by step up to a few roundings of a sequence's largest one, gradients likewise. On
     CUDA, Triton kernels run it where triton is installed, in float32, with at most 128 states, on a GPU of compute
     capability 8.0 or more. There a small scan is compared with torch's first: if it fails, a warning says so, and
-    torch's kernels run. The environment variable `PEFT_READ_SCAN` forces either, `triton` or `torch`.
+    torch's kernels run. The environment variable `PEFT_READ_SCAN` forces either, `triton` or `torch`, here and in
+    `partial_transport`.
 
     Args:
         x: `(batch, time, features)`, the steps.

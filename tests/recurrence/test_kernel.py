@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from peft_read import recurrent_scan
 from peft_read.kernels import SWITCH
 from peft_read.recurrence import dispatch as eager
+from peft_read.recurrence.module import Recurrence
 
 
 pytest.importorskip("triton")
@@ -321,12 +323,23 @@ def test_without_tf32_torch_s_kernel_is_called_as_ever(name, monkeypatch):
     assert setting.fp32_precision == "tf32"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("name", CELLS)
-def test_cudnn_is_as_exact_and_does_not_warn(name, monkeypatch):
-    """What runs where the kernels can't: in float32, with weights that lie in memory as cuDNN wants them."""
+def test_cudnn_is_as_exact(name, monkeypatch):
+    """What runs where the kernels can't: in float32, not in TF32."""
     monkeypatch.setenv(SWITCH, "torch")
     check(*make(name, size=16, time=300))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm"])
+def test_cudnn_finds_the_weights_as_it_wants_them(kind, monkeypatch):
+    """In one piece of memory; it warns otherwise, and copies them at every call."""
+    monkeypatch.setenv(SWITCH, "torch")
+    cell, x = Recurrence(kind, 16).to(DEVICE), torch.randn(2, 9, 16, device=DEVICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recurrent_scan(x, cell)[0].sum().backward()
 
 
 COMPILE = """
