@@ -26,9 +26,16 @@ from .read.model import ReadModel  # noqa: E402
 from .recurrence.onnx import onnx_translations  # noqa: E402
 from .recurrence.scan import recurrent_scan  # noqa: E402
 from .trimodal.configuration import TrimodalConfig  # noqa: E402
-from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
+from .trimodal.features import FeatureTower, FeatureTowerConfig  # noqa: E402
+from .trimodal.generation import TrimodalForConditionalGeneration  # noqa: E402
+from .trimodal.heads import (  # noqa: E402
+    TrimodalForFrameClassification,
+    TrimodalForMultipleChoice,
+    TrimodalForSequenceClassification,
+)
 from .trimodal.modeling import TrimodalModel  # noqa: E402
 from .trimodal.processing import TrimodalProcessor  # noqa: E402
+from .trimodal.retrieval import TrimodalForRetrieval  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
@@ -37,6 +44,8 @@ install_cards()
 
 __version__ = "0.1.0"
 __all__ = [
+    "FeatureTower",
+    "FeatureTowerConfig",
     "LsttaConfig",
     "LsttaModel",
     "PvlaArguments",
@@ -49,7 +58,10 @@ __all__ = [
     "ReadConfig",
     "ReadModel",
     "TrimodalConfig",
+    "TrimodalForConditionalGeneration",
     "TrimodalForFrameClassification",
+    "TrimodalForMultipleChoice",
+    "TrimodalForRetrieval",
     "TrimodalForSequenceClassification",
     "TrimodalModel",
     "TrimodalProcessor",

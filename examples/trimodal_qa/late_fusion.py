@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from peft_read import TrimodalForFrameClassification
-from peft_read.lockstep.composite import TowerBatch
+from peft_read.lockstep import TowerBatch
 
 from .inputs import Collator, Example
 

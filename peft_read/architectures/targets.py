@@ -11,6 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from .exceptions import EXCEPTIONS, ONLY_BY_NAME
@@ -124,6 +128,20 @@ def is_causal(owner: nn.Module) -> bool:
     if getattr(getattr(owner, "config", None), "is_decoder", False):
         return True
     return any(getattr(module, "is_causal", False) is True for module in owner.modules())
+
+
+def is_causal_language_model(owner: nn.Module) -> bool:
+    """Whether a model is a language model whose tokens see only earlier ones, which it may be asked to continue.
+
+    Text encoders that look back only, as CLIP's, don't count: nothing is written from their tokens.
+    """
+    if is_causal(owner):
+        return True
+    config = getattr(owner, "config", None)
+    model_type = getattr(config, "model_type", "")
+    if getattr(config, "is_encoder_decoder", False):  # its encoder
+        return False
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def takes_text(owner: nn.Module | None) -> bool:

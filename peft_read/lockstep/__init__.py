@@ -4,7 +4,8 @@ A composite model describes the running batch (`LockstepBatch`, of a `TowerBatch
 through `run_towers`; where time lies in a tower's tokens is its `Layout`. Nothing here knows a model or an adapter.
 """
 
-from .composite import LockstepBatch, TowerBatch, run_towers
+from .batch import LockstepBatch, TowerBatch
+from .composite import run_towers
 from .layouts import Layout
 
 

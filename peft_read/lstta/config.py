@@ -32,6 +32,8 @@ class LsttaConfig(PeftConfig):
             `"audio"` and `"text"`: for towers whose blocks aren't found. A block that runs several times is named as
             often. Saved with the names found.
         frame_filter: whether there is long-term semantic filtering.
+        filter_form: `"gate"`: each frame is let through more or less by itself; `"choice"`: frames are measured by the
+            most important one of their clip, which always counts fully.
         act_fn: activation after the down-projection, a key of transformers' `ACT2FN` without weights of its own.
         dropout: probability with which entries of an adapter's output are dropped in training.
         scaling: factor of an adapter's output.
@@ -55,6 +57,9 @@ class LsttaConfig(PeftConfig):
         default=None, metadata={"help": "Names of the blocks of each tower, by 'vision', 'audio' and 'text'."}
     )
     frame_filter: bool = field(default=True, metadata={"help": "Whether there is long-term semantic filtering."})
+    filter_form: str = field(
+        default="gate", metadata={"help": "'gate': frames pass by themselves; 'choice': measured by each other."}
+    )
     act_fn: str = field(default="gelu", metadata={"help": "Activation after the down-projection, a key of ACT2FN."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability of an adapter's output."})
     scaling: float = field(default=1.0, metadata={"help": "Factor of an adapter's output."})
@@ -75,6 +80,8 @@ class LsttaConfig(PeftConfig):
             check_positive_int("num_levels", self.num_levels)
         for name in ("frame_filter", "init_weights"):
             check_bool(name, getattr(self, name))
+        if self.filter_form not in ("gate", "choice"):
+            raise ValueError(f"`filter_form` must be 'gate' or 'choice', got {self.filter_form!r}.")
         check_activation("act_fn", self.act_fn)
         check_dropout("dropout", self.dropout)
         check_finite("scaling", self.scaling)

@@ -20,7 +20,7 @@ from trimodal_families import (
 )
 
 from peft_read.architectures.blocks import block_width, blocks_of_levels, find_blocks
-from peft_read.lockstep.composite import TowerBatch
+from peft_read.lockstep import TowerBatch
 from peft_read.lockstep.coroutines import run_in_lockstep
 from peft_read.lockstep.layouts import Layout, layout_of, step_mask, takes_videos, token_mask
 

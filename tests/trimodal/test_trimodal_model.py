@@ -40,7 +40,7 @@ from peft_read import (
     TrimodalModel,
 )
 from peft_read.architectures.blocks import find_blocks
-from peft_read.lockstep.composite import LockstepBatch, TowerBatch, run_towers
+from peft_read.lockstep import LockstepBatch, TowerBatch, run_towers
 from peft_read.lockstep.coroutines import meet
 from peft_read.lstta.layer import show_hidden_states
 from peft_read.trimodal.losses import classification_loss
