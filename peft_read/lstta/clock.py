@@ -9,6 +9,9 @@ from torch import Tensor
 
 
 SHORTEST = 1e-6  # seconds that are taken for none
+# Seconds by which sound may go on beside the pictures and still belong to their first or last frame: encoders fill up
+# their last block, and put some silence before the first.
+BLOCK = 0.15
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,14 @@ class Clock:
         offset = vision.offset.gather(1, frame)
         within = offset // window, (offset % window).float()
         # Sound without pictures: what comes before the first frame, and what comes after the last.
-        early, late = self.middles < self.begin, self.middles >= self.end
         first, final = self._sound_extent()
         for beside, base, start, stop in (
-            (late, frame_windows, self.end, final),
-            (early, frame_windows + others, first, self.begin),
+            (self.middles >= self.end + BLOCK, frame_windows, self.end, final),
+            (self.middles < self.begin - BLOCK, frame_windows + others, first, self.begin),
         ):
-            share = ((self.middles - start) / (stop - start).clamp(min=SHORTEST)).clamp(0, 1 - 1e-6) * others
+            seconds = (stop - start).clamp(min=SHORTEST)
+            windows = (seconds / (window * self._of_frame())).ceil().clamp(1, others)
+            share = ((self.middles - start) / seconds).clamp(0, 1 - 1e-6) * windows
             share = torch.where(beside, share, 0.0)  # rows without frames have infinite ends
             within = (
                 torch.where(beside, base + share.long(), within[0]),
@@ -111,10 +115,15 @@ class Clock:
             heard: `(rows, steps)` bool, which steps are valid.
             bins: number of windows.
         """
-        without = heard & ((self.middles < self.begin) | (self.middles >= self.end)) & self.begin.isfinite()
+        beside = (self.middles < self.begin - BLOCK) | (self.middles >= self.end + BLOCK)
+        without = heard & beside & self.begin.isfinite()
         seconds = torch.where(without, self.lengths, 0.0)
         in_windows = seconds.new_zeros(len(windows), bins).scatter_add(1, windows.clamp(0, bins - 1), seconds)
+        return in_windows / self._of_frame()
+
+    def _of_frame(self) -> Tensor:
+        """How long a frame counts for, `(rows, 1)`; 1 without frames."""
         frames = (self.seen > -torch.inf).sum(1, keepdim=True)
-        of_frame = (self.end - self.begin) / frames.clamp(min=1)
-        return in_windows / torch.where(frames > 0, of_frame, 1.0).clamp(min=SHORTEST)
+        length = (self.end - self.begin) / frames.clamp(min=1)
+        return torch.where(frames > 0, length, 1.0).clamp(min=SHORTEST)
 

@@ -25,6 +25,8 @@ ARGUMENTS: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
         else {}
     ),
 }
+# By `model_type`: audio towers whose mask is one of their tokens, not of their input.
+MASK_OF_TOKENS = ("audio-spectrogram-transformer", "qwen2_audio_encoder")
 
 
 def without_layerdrop(modality: str, tower: PreTrainedModel) -> None:
@@ -116,5 +118,5 @@ def tower_width(tower: PreTrainedModel) -> int:
 
 def _takes_mask(tower: nn.Module) -> bool:
     # Those were pretrained without, and see silence in place of padding.
-    without = getattr(tower.config, "feat_extract_norm", "") == "group"
+    without = getattr(tower.config, "feat_extract_norm", "") == "group" or tower.config.model_type in MASK_OF_TOKENS
     return not without and "attention_mask" in inspect.signature(tower.forward).parameters
