@@ -85,7 +85,7 @@ def decode_frames(source: Source, wanted: int) -> Frames:
     """
     with _opened(source) as container:
         stream = _video_of(container, source)
-        shown = [_Shown.of(packet) for packet in container.demux(stream) if packet.size > 0]
+        shown = [_Shown.of(packet) for packet in container.demux(stream) if packet.size > 0 and not packet.is_discard]
         per_second = 1 / stream.time_base if stream.time_base else None
         rate = stream.average_rate or stream.guessed_rate or 25
     if any(each is None for each in shown) or per_second is None:  # packets without time stamps
@@ -140,21 +140,17 @@ def _seek(source: Source, wanted: list[int], keys: list[int]) -> list[NDArray[np
     images: dict[int, NDArray[np.uint8]] = {}
     with _opened(source) as container:
         stream = _video_of(container, source)
-        decoded, at = iter(container.decode(stream)), None
-        last = None
+        decoded, last, at = iter(container.decode(stream)), None, keys[0] if keys else 0
         for time in dict.fromkeys(wanted):
-            key = max((each for each in keys if each <= time), default=None)
-            if key is not None and at is not None and key > at:  # else it is nearer from here
+            key = max((each for each in keys if each <= time), default=at)
+            if key > at:  # else it is nearer from here
                 container.seek(key, stream=stream)
                 decoded = iter(container.decode(stream))
-            elif at is None and key is not None and key > keys[0]:
-                container.seek(key, stream=stream)
-                decoded = iter(container.decode(stream))
-            while last is None or at is None or at < time:
+            while last is None or at < time:
                 frame = next(decoded, None)
                 if frame is None:
                     break
-                last, at = frame, frame.pts if frame.pts is not None else time
+                last, at = frame, time if frame.pts is None else frame.pts
             if last is None:
                 raise ValueError(f"{name_of(source)} has a video track, but no frame in it could be decoded.")
             images[time] = upright(last)

@@ -205,17 +205,19 @@ def _extract(extractor: Any, pieces: list[NDArray[np.float32]]) -> tuple[Tensor,
     features: Tensor = output[extractor.model_input_names[0]]
     mask = output.get("attention_mask")
     lengths = torch.tensor([len(piece) for piece in pieces])
+    hop = getattr(extractor, "hop_length", None)
     if mask is None or features.ndim == 4:  # CLAP repeats a short sound, which is heard once
-        steps = features.shape[-2] if features.ndim == 4 else features.shape[1]
-        hop = getattr(extractor, "hop_length", None)
-        if hop is None:
-            counts = torch.div(lengths - round(WINDOW * rate), round(HOP * rate), rounding_mode="floor") + 1
-        else:
-            counts = torch.div(lengths - 1, hop, rounding_mode="floor") + 1
-        mask = torch.arange(steps) < counts[:, None].clamp(min=1)
-    elif features.ndim == 2:
-        mask = mask.bool() & (torch.arange(features.shape[1]) < lengths[:, None])
-    return features, mask.long()
+        mask = torch.ones(len(features), features.shape[-2] if features.ndim == 4 else features.shape[1])
+    if features.ndim == 2:
+        counts = lengths
+    elif hop is not None:
+        counts = torch.div(lengths - 1, hop, rounding_mode="floor") + 1
+    elif _step_seconds(extractor, features) == HOP:
+        counts = torch.div(lengths - round(WINDOW * rate), round(HOP * rate), rounding_mode="floor") + 1
+    else:
+        counts = mask.sum(1)
+    real = torch.arange(mask.shape[1]) < counts[:, None].clamp(min=1)
+    return features, (mask.bool() & real).long()
 
 
 def _is_kaldi(extractor: Any) -> bool:
