@@ -61,7 +61,14 @@ def state_before(call: ForwardCall, name: str, rows: Tensor | slice) -> Tensor |
     # A cache of fixed size has its length on the device: its histories are told when they fall behind.
     if history is None or past is None or seen < (1 if isinstance(past, Tensor) else past):
         _refuse_cache(call, name, seen)
-    start = history.before(past)[rows]
+    start = history.before(past)
+    if call.tokens_shape is not None and start.shape[0] != call.tokens_shape[0]:
+        raise ValueError(
+            f"READ ({name}) can't continue from this cache: its states are of {start.shape[0]} rows, the batch "
+            f"has {call.tokens_shape[0]}. Change a cache by its own methods, such as `batch_repeat_interleave`, "
+            "`batch_select_indices` and `reorder_cache`; the states beside it follow these alone."
+        )
+    start = start[rows]
     if history.is_partial and not compiling and bool(start.isnan().any()):
         _refuse_cache(call, name, "some rows' tokens only")
     return start

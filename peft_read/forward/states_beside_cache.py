@@ -197,6 +197,8 @@ def cached_length(cache: Any) -> int | Tensor | None:
         length = cache.get_seq_length()
     except ValueError:  # only layers of linear attention
         return None
+    if length is None:  # Reformer's
+        return None
     # Either may be given the other way: a growing cache's as a tensor once transformers 5.17 has cropped it by one, a
     # fixed one's as a number before its first token.
     if not getattr(cache, "is_compileable", False):

@@ -16,7 +16,7 @@ from ..forward.context import ForwardContext
 from ..forward.decoding import LeftStates, state_before
 from ..forward.description import description_of, descriptions
 from ..forward.packing import described_starts, starts_of
-from ..forward.padding import described_padding, padding_of, reads_a_mask
+from ..forward.padding import described_padding, padding_of, takes_a_mask
 from ..precision import linear, weights_at_hand, without_autocast
 from ..recurrence.cells import State
 from ..recurrence.module import Recurrence
@@ -282,7 +282,8 @@ class ReadLayer(AdapterLayer):
             return hidden, self._described_tokens(shape)
         valid = padding_of(running, shape, self.module_name, self.part)
         call = running.call
-        if valid is None and call.unread_masks and not (call.described or reads_a_mask(running, self.part)):
+        is_told = call.mask is not None or takes_a_mask(running, self.part)
+        if call.unread_masks and not is_told and description_of(self.module_name, call.described) is None:
             self.context.warn_of_masks(call.unread_masks)
         both_ways = any(cast(Recurrence, self.read_recurrence[name]).bidirectional for name in recurrent)
         starts = starts_of(running, shape, self.module_name, self.part, both_ways=both_ways)
@@ -301,6 +302,7 @@ class ReadLayer(AdapterLayer):
                 "are padding. Call the model, or say it: `with peft_read.describe_tokens(valid): ...`, or "
                 "`with peft_read.describe_tokens(): ...` where no token is."
             )
+        self.context.warn_of_no_call(self.module_name)
         return _Tokens(shape[0])
 
     def __repr__(self) -> str:
