@@ -84,6 +84,21 @@ class ForwardCall:
         )
 
 
+class SameObjects:
+    """A key of which another one is only equal if it holds the very same objects; it keeps them, and so their ids."""
+
+    def __init__(self, named: dict[str, Any]) -> None:
+        self._named = named
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SameObjects) or self._named.keys() != other._named.keys():
+            return False
+        return all(value is other._named[name] for name, value in self._named.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self._named.values())))
+
+
 @dataclass
 class RunningForward:
     """A forward while it runs: its `ForwardCall`, and what the layers of it share.
@@ -110,6 +125,10 @@ class RunningForward:
     def again(self) -> RunningForward:
         """The same forward where a checkpoint runs a part of it; states that were left there would keep memory."""
         return RunningForward(self.call, backward_pass(), self.parts, None, self._known)
+
+    def given(self, part: str | None) -> dict[str, Any] | None:
+        """The masks that a part of the model was given; None if nothing is known of it."""
+        return self.parts.get(part) if part else None
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
         """What `find` finds, for all layers of this forward: some answers take a look at values on the device."""

@@ -57,23 +57,19 @@ def starts_of(
     description = description_of(module_name, call.described)
     if description is not None:
         return described_starts(description.sequence_ids, shape, module_name)
-    given = running.parts.get(part) if part else None
-
-    def find() -> Tensor | None:
-        pairs = _pairs_of(call.mask, shape, call.past)
-        if pairs is None:
-            pairs = _torch_pairs(given or {}, shape)
-        if pairs is not None:
-            return _checked(pairs, module_name, has_past=not _starts_empty(call.past), both_ways=both_ways)
-        if call.mask is not None or call.tokens_shape is None or tuple(call.tokens_shape) != tuple(shape):
-            return None
-        if isinstance(call.sequence_lengths, Tensor):
-            return _starts_of_lengths(call.sequence_lengths, shape)
-        if not _starts_empty(call.past):
-            return None
-        return _starts_of_positions(running, shape, given, module_name, both_ways=both_ways)
-
-    return find() if is_tracing() else running.once(("sequences", shape, part, both_ways), find)
+    given = running.given(part)
+    pairs = _pairs_of(call.mask, shape, call.past)
+    if pairs is None:
+        pairs = _torch_pairs(given or {}, shape)
+    if pairs is not None:
+        return _checked(pairs, module_name, has_past=not _starts_empty(call.past), both_ways=both_ways)
+    if call.mask is not None or call.tokens_shape is None or tuple(call.tokens_shape) != tuple(shape):
+        return None
+    if isinstance(call.sequence_lengths, Tensor):
+        return _starts_of_lengths(call.sequence_lengths, shape)
+    if not _starts_empty(call.past):
+        return None
+    return _starts_of_positions(running, shape, given, module_name, both_ways=both_ways)
 
 
 def described_starts(sequence_ids: Tensor | None, shape: tuple[int, int], module_name: str) -> Tensor | None:

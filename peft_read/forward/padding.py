@@ -32,14 +32,9 @@ def padding_of(running: RunningForward, shape: tuple[int, int], module_name: str
     description = description_of(module_name, running.call.described)
     if description is not None:
         return described_padding(description.valid, shape, module_name)
-
-    def find() -> Tensor | None:
-        valid = _read_masks(running, shape, part)
-        # One look at the values for all layers of this forward; models of transformers take one of their own.
-        return None if valid is None or (not is_tracing() and bool(valid.all())) else valid
-
-    # Sizes that a tracer keeps open can't be a key.
-    return find() if is_tracing() else running.once(("padding", shape, part), find)
+    valid = _read_masks(running, shape, part)
+    # One look at the values; models of transformers take one of their own.
+    return None if valid is None or (not is_tracing() and bool(valid.all())) else valid
 
 
 def described_padding(valid: Tensor | None, shape: tuple[int, int], module_name: str) -> Tensor | None:
@@ -58,7 +53,7 @@ def described_padding(valid: Tensor | None, shape: tuple[int, int], module_name:
 
 
 def _read_masks(running: RunningForward, shape: tuple[int, int], part: str | None) -> Tensor | None:
-    call, given = running.call, running.parts.get(part, {}) if part else {}
+    call, given = running.call, running.given(part) or {}
     inner = names.find_mask(given)
     padding = next((given[name] for name in names.PADDING_MASKS if isinstance(given.get(name), Tensor)), None)
     if call.mask is None and inner is None and padding is None:
@@ -88,7 +83,7 @@ def _read_masks(running: RunningForward, shape: tuple[int, int], part: str | Non
 
 def reads_a_mask(running: RunningForward, part: str | None) -> bool:
     """Whether there is any mask of which something was read."""
-    given = running.parts.get(part, {}) if part else {}
+    given = running.given(part) or {}
     return running.call.mask is not None or any(
         given.get(name) is not None for name in (*names.MASKS, *names.PADDING_MASKS)
     )
