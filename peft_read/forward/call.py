@@ -149,7 +149,7 @@ class RunningForward:
         return replace(self, backward=backward_pass())
 
     def given(self, part: str | None) -> dict[str, Any]:
-        """What a part of the model was given, with None for what it takes and wasn't given."""
+        """The masks that a part of the model was given, and None by the name of those that it takes and wasn't."""
         return {} if part is None else self.parts.get(part, {})
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:

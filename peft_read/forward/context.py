@@ -134,11 +134,12 @@ class ForwardContext:
         Raises:
             RuntimeError: if none runs because a checkpoint recomputes a layer by itself.
         """
-        running = self._stack[-1] if self._stack else None
+        stack, backward = self._stack, backward_pass()
+        running = stack[-1] if stack else None
         # A forward that was interrupted from the keyboard leaves its call behind, which a backward pass mustn't take.
-        if running is not None and running.backward == backward_pass():
+        if running is not None and running.backward == backward:
             return running
-        if backward_pass() != -1:
+        if backward != -1:
             raise RuntimeError(
                 "A READ layer is recomputed in the backward pass by a checkpoint that it doesn't know of, so that it "
                 "can't tell which tokens are padding. Use the model's own `gradient_checkpointing_enable()`."

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tracing import is_tracing
 from . import arguments as names
-from .call import ForwardCall, RunningForward, SameObjects
+from .call import ForwardCall, RunningForward
 from .description import description_of
 from .padding import is_visible, of_full_attention, own_keys
 
@@ -56,28 +56,22 @@ def starts_of(
         starts = described_starts(description.sequence_ids, shape, module_name)
         return None if starts is None else _without_past(starts, module_name, has_past=has_past)
     mask, given = call.mask_at(module_name), running.given(part)
-
-    def find() -> Tensor | None:
-        pairs = _pairs_of(mask, shape, call.past)
-        if pairs is None:
-            pairs = _torch_pairs(given, shape)
-        if pairs is not None:
-            return _checked(pairs, module_name, has_past=has_past, both_ways=both_ways)
-        if mask is not None or call.tokens_shape is None or tuple(call.tokens_shape) != tuple(shape):
-            return None
-        if isinstance(call.sequence_lengths, Tensor):
-            starts = _without_past(_starts_of_lengths(call.sequence_lengths, shape), module_name, has_past=has_past)
-            if _uses_kernel(call) or call.attention is None or is_tracing() or not bool(starts.any()):
-                return starts
-            by_positions = _starts_of_positions(call, shape, given, module_name, both_ways=both_ways)
-            if by_positions is None or not torch.equal(starts, by_positions):
-                raise ValueError(_goes_across(module_name, "`cu_seq_lens_q`, the lengths of packed sequences,"))
+    pairs = _pairs_of(mask, shape, call.past)
+    if pairs is None:
+        pairs = _torch_pairs(given, shape)
+    if pairs is not None:
+        return _checked(pairs, module_name, has_past=has_past, both_ways=both_ways)
+    if mask is not None or call.tokens_shape is None or tuple(call.tokens_shape) != tuple(shape):
+        return None
+    if isinstance(call.sequence_lengths, Tensor):
+        starts = _without_past(_starts_of_lengths(call.sequence_lengths, shape), module_name, has_past=has_past)
+        if _uses_kernel(call) or call.attention is None or is_tracing() or not bool(starts.any()):
             return starts
-        return None if has_past else _starts_of_positions(call, shape, given, module_name, both_ways=both_ways)
-
-    if is_tracing():
-        return find()
-    return running.once(("sequences", shape, both_ways, SameObjects({"of the model": mask, **given})), find)
+        by_positions = _starts_of_positions(call, shape, given, module_name, both_ways=both_ways)
+        if by_positions is None or not torch.equal(starts, by_positions):
+            raise ValueError(_goes_across(module_name, "`cu_seq_lens_q`, the lengths of packed sequences,"))
+        return starts
+    return None if has_past else _starts_of_positions(call, shape, given, module_name, both_ways=both_ways)
 
 
 def described_starts(sequence_ids: Tensor | None, shape: tuple[int, int], module_name: str) -> Tensor | None:

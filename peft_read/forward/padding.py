@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tracing import is_tracing
 from . import arguments as names
-from .call import RunningForward, SameObjects
+from .call import RunningForward
 from .description import description_of
 
 
@@ -36,17 +36,9 @@ def padding_of(running: RunningForward, shape: tuple[int, int], module_name: str
     description = description_of(module_name, running.call.described)
     if description is not None:
         return described_padding(description.valid, shape, module_name)
-
-    def find() -> Tensor | None:
-        valid = _read_masks(running, shape, module_name, part)
-        # One look at the values for all layers of this forward; models of transformers take one of their own.
-        return None if valid is None or (not is_tracing() and bool(valid.all())) else valid
-
-    if is_tracing():  # sizes that a tracer keeps open can't be a key
-        return find()
-    # Blocks are parts of their own, but are given the same masks.
-    given = SameObjects({"of the model": running.call.mask_at(module_name), **running.given(part)})
-    return running.once(("padding", shape, given), find)
+    valid = _read_masks(running, shape, module_name, part)
+    # One look at the values; models of transformers take one of their own.
+    return None if valid is None or (not is_tracing() and bool(valid.all())) else valid
 
 
 def described_padding(valid: Tensor | None, shape: tuple[int, int], module_name: str) -> Tensor | None:
