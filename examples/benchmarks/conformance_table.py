@@ -64,6 +64,7 @@ def _failure(error: Exception) -> str:
 
 
 def main() -> None:
+    """Run all checks, and write or print the table."""
     parser = argparse.ArgumentParser(description="The conformance suite's outcome as a table.")
     parser.add_argument("--print", action="store_true", help="print the table and leave the README alone")
     args = parser.parse_args()

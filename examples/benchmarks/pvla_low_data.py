@@ -81,6 +81,7 @@ def test_map(trainer: transformers.Trainer, examples: Examples) -> float:
 
 
 def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """`mean ± standard deviation`, as text."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):{sign}.1f} ± {spread:.1f}"
 

@@ -97,6 +97,7 @@ def make_trainer(options: dict[str, Any], steps: int) -> PvlaTrainer:
 
 
 def random_examples() -> list[dict[str, torch.Tensor]]:
+    """One batch of examples in the shapes of `finetune_video.py`'s."""
     length = WORDS + 2 + FRAMES + 1
     position = torch.arange(length)
     return [

@@ -50,6 +50,17 @@ def describe_tokens(
     Raises:
         ValueError: if a tensor isn't of shape `(batch, time)`, or both are given and differ in shape; later, in the
             forward, if the adapted module sees tokens of another shape.
+
+    Example:
+        >>> import peft_read
+        >>> from peft import get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> config = peft_read.ReadConfig(r=4, target_modules=["0"], init_weights=False)
+        >>> model, x = get_peft_model(model, config), torch.randn(1, 5, 8)
+        >>> with describe_tokens(torch.tensor([[0, 0, 1, 1, 1]])):
+        ...     padded = model(x)
+        >>> torch.allclose(padded[:, 2:], model(x[:, 2:]), atol=1e-6)
+        True
     """
     for name, given in (("valid", valid), ("sequence_ids", sequence_ids)):
         if given is not None and given.ndim != 2:

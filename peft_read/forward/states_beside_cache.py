@@ -47,10 +47,11 @@ class StateHistory:
         return self._steps[:, position - 1] if position else torch.zeros_like(self._steps[:, 0])
 
     def write(self, position: int | Tensor, states: Tensor, cache: Any) -> None:
-        """Put `states (batch, time, width)` at `position` and after, over what may be there.
+        """Put states at `position` and after, over what may be there.
 
         Args:
             position: as in `before`.
+            states: `(batch, time, width)`.
             cache: the cache whose tokens these are.
         """
         if isinstance(position, Tensor):

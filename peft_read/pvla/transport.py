@@ -91,6 +91,14 @@ def partial_transport(
     Raises:
         ValueError: if a shape doesn't fit the cost's, or a number is out of its range; if the environment variable
             forces what can't be. Values in tensors on an accelerator aren't looked at, as that would stall it.
+
+    Example:
+        >>> costs = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]])  # one video of three frames, two words
+        >>> plan, cost, residual = partial_transport(costs, mass=0.5)
+        >>> plan.round(decimals=3)  # half of the words' mass; the third frame is left out
+        tensor([[[0.2500, 0.0000],
+                 [0.0000, 0.2500],
+                 [0.0000, 0.0000]]])
     """
     _check(cost, mass, reg, n_iter, frame_mask, word_mask)
     with without_autocast(cost.device):

@@ -47,11 +47,13 @@ class Recurrence(nn.Module):
         """`(batch, time, directions * hidden)`, see `recurrent_scan`.
 
         Args:
-            x: as there, and `mask`.
+            x: as there.
+            mask: as there.
             state: as there; not together with `starts`.
             starts: `(batch, time)`, bool, true where the state begins anew, besides each row's first step.
         """
         return scan_each_way(x, self, mask, state, starts, needs_memory=False)[0]
 
     def extra_repr(self) -> str:
+        """Kind, size and directions, for `print`."""
         return f"{self.kind}, {self.hidden_size}, bidirectional={self.bidirectional}"
