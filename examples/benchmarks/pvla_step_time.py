@@ -4,7 +4,7 @@
 
 The example's model with random weights and random data, batch 8, 24 frames, queries of 3 words. Trainers with and
 without PVLA take turns step by step, so that a machine that gets slower or faster does so for all. Prints the table of
-the README: the median, over rounds of 100 steps, of the ratio to the processor time without PVLA.
+`README.md` here: the median, over rounds of 100 steps, of the ratio to the processor time without PVLA.
 """
 
 from __future__ import annotations
