@@ -24,7 +24,8 @@ class StateHistory:
     """The states of one recurrence over the tokens of a cache, `(batch, positions, width)`.
 
     Attributes:
-        length: tokens of the cache whose states are known; of a cache of fixed size all that it has room for, or 0.
+        length: tokens of the cache whose states are known; for a `StaticCache` its capacity once it is written, 0
+            before.
         is_partial: whether some rows may hold NaN, for tokens that another adapter has seen.
     """
 

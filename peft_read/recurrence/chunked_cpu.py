@@ -1,7 +1,7 @@
 """The vanilla and the gated recurrence in torch's operations, parallel in time, with backward passes written out.
 
-Sequences that are too short to be cut run through torch's own loop, which keeps its graph to itself: their backward
-pass begins with the states alone.
+Sequences that are too short to be cut run through torch's own kernel, without autograd; their backward pass recomputes
+what it needs from the saved states.
 """
 
 from __future__ import annotations
