@@ -57,6 +57,13 @@ def test_links(page):
             assert section in headings(target), link
 
 
+@pytest.mark.parametrize("page", [page for page in pages() if page not in TEMPLATES])
+def test_commands_name_scripts_that_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for script in re.findall(r"(?:^|\s)((?:examples|\.ci)/[\w/.]+)", "\n".join(FENCE.findall(text))):
+        assert (ROOT / script).exists(), script
+
+
 def headings(path):
     """The names under which a page's headings can be linked to."""
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
