@@ -1,4 +1,4 @@
-"""Computing in float32 at least, whatever the adapters' weights and the surroundings are in."""
+"""Run adapters and solvers in float32 (or float64), regardless of autocast and of the weights' dtype."""
 
 from __future__ import annotations
 

@@ -82,6 +82,7 @@ def _classes_in(mappings: tuple[str, ...], model_type: str) -> list[type[PreTrai
 
 
 def time_out(*_: object) -> None:
+    """Ends a model that takes too long, as a handler of a signal."""
     raise TimeoutError
 
 
@@ -263,6 +264,7 @@ def judge_forward(model_type: str) -> tuple[bool, list[str]]:
 
 
 def main() -> None:
+    """Judge the targets of the model types, and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all of them by default")
     parser.add_argument("--run", action="store_true", help="check in a forward, too, what nothing was measured of")

@@ -50,6 +50,12 @@ def find_feed_forward_outputs(model: nn.Module) -> list[str]:
 
     Returns:
         Full module names, in the order of the model; empty if it has no such blocks.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=16)
+        >>> find_feed_forward_outputs(BertModel(config))
+        ['encoder.layer.0.output.dense', 'encoder.layer.1.output.dense']
     """
     modules = dict(_modules(model, _left_out(model)))
     stacks = [(name, module) for name, module in modules.items() if isinstance(module, nn.ModuleList | nn.Sequential)]
@@ -107,7 +113,7 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def attention_beside(model: nn.Module, name: str) -> list[nn.MultiheadAttention]:
-    """torch's attention in the block that a module lies in; empty if the block has none.
+    """Every `nn.MultiheadAttention` in the block that a module lies in; empty if the block has none.
 
     Args:
         model: the model that contains the module.

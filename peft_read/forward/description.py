@@ -66,6 +66,17 @@ def describe_tokens(
         ValueError: if a tensor isn't of shape `(batch, time)`, or both are given and differ in shape; later, in the
             forward, if the adapted module sees tokens of another shape; at the end, if adapted modules ran, but none
             in `module`.
+
+    Example:
+        >>> import peft_read
+        >>> from peft import get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> config = peft_read.ReadConfig(r=4, target_modules=["0"], init_weights=False)
+        >>> model, x = get_peft_model(model, config), torch.randn(1, 5, 8)
+        >>> with describe_tokens(torch.tensor([[0, 0, 1, 1, 1]])):
+        ...     padded = model(x)
+        >>> torch.allclose(padded[:, 2:], model(x[:, 2:]), atol=1e-6)
+        True
     """
     global _in_any_thread
     for name, given in (("valid", valid), ("sequence_ids", sequence_ids)):

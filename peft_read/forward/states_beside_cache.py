@@ -24,7 +24,8 @@ class StateHistory:
     """The states of one recurrence over the tokens of a cache, `(batch, positions, width)`.
 
     Attributes:
-        length: tokens of the cache whose states are known; of a cache of fixed size all that it has room for, or 0.
+        length: tokens of the cache whose states are known; for a `StaticCache` its capacity once it is written, 0
+            before.
         is_partial: whether some rows may hold NaN, for tokens that another adapter has seen.
     """
 
@@ -47,10 +48,11 @@ class StateHistory:
         return self._steps.select(1, position - 1) if position else torch.zeros_like(self._steps[:, 0])
 
     def write(self, position: int | Tensor, states: Tensor, cache: Any) -> None:
-        """Put `states (batch, time, width)` at `position` and after, over what may be there.
+        """Put states at `position` and after, over what may be there.
 
         Args:
             position: as in `before`.
+            states: `(batch, time, width)`.
             cache: the cache whose tokens these are.
         """
         if isinstance(position, Tensor):

@@ -125,8 +125,10 @@ class ReadLayer(AdapterLayer):
         """The base's output, adapted by the active adapters, or sample by sample by those named (`"__base__"`: none).
 
         Args:
+            *args: of the base layer.
             adapter_names: one name per sample.
             beams: rows that generation makes of a sample.
+            **kwargs: of the base layer.
 
         Raises:
             ValueError: if the output has no time axis that the recurrence could run over, or the model was given

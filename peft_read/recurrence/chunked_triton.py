@@ -100,6 +100,7 @@ class KernelScan(torch.autograd.Function):
         hidden: Tensor | None,
         memory: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
+        """The scan, and what its backward pass needs of it."""
         size = w_hidden.shape[1]
         states = x.new_empty(*x.shape[:2], size)
         keep = keep and KEPT[kind] > 0
@@ -117,6 +118,7 @@ class KernelScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_memory: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of what `forward` was given, in its order."""
         x, w_in, w_hidden, hidden, memory, states, kept = ctx.saved_tensors
         grad = torch.zeros_like(states) if grad is None else grad.contiguous()
         grad_memory = None if grad_memory is None else grad_memory.contiguous()

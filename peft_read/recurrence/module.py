@@ -53,7 +53,8 @@ class Recurrence(nn.Module):
         """`(batch, time, directions * hidden)`, see `recurrent_scan`.
 
         Args:
-            x: as there, and `mask`.
+            x: as there.
+            mask: as there.
             state: as there; not together with `starts`.
             starts: `(batch, time)`, bool, true where the state begins anew, besides each row's first step.
             with_memory: give besides an LSTM's memory after the last step, `(batch, directions, hidden)`; None for
@@ -65,4 +66,5 @@ class Recurrence(nn.Module):
         return outputs, final[1].transpose(0, 1) if len(final) == 2 else None
 
     def extra_repr(self) -> str:
+        """Kind, size and directions, for `print`."""
         return f"{self.kind}, {self.hidden_size}, bidirectional={self.bidirectional}"

@@ -43,6 +43,15 @@ def recurrent_scan(
         TypeError: if `cell` is no `nn.RNN`, `nn.GRU` or `nn.LSTM`, or `mask` isn't boolean.
         ValueError: if `cell` has several layers, a projection, or isn't batch-first; if shapes don't fit each other;
             if the environment variable forces what can't be.
+
+    Example:
+        >>> x, cell = torch.randn(2, 5, 8), torch.nn.GRU(8, 4, batch_first=True)
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+        >>> outputs, state = recurrent_scan(x, cell, mask=mask)
+        >>> torch.allclose(outputs[:1, 2:], cell(x[:1, 2:])[0], atol=1e-6)  # the padded row, as it is alone
+        True
+        >>> outputs.shape, state.shape
+        (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
     """
     outputs, final = scan_each_way(x, cell, mask, state, None, needs_memory=True)
     return outputs, (final[0], final[1]) if kind_of(cell) == "lstm" else final[0]
