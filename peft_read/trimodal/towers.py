@@ -117,6 +117,6 @@ def tower_width(tower: PreTrainedModel) -> int:
 
 
 def _takes_mask(tower: nn.Module) -> bool:
-    # Those were pretrained without, and see silence in place of padding.
+    # Those were pretrained without, and see silence in place of padding; or their mask goes over patches, not over sound.
     without = getattr(tower.config, "feat_extract_norm", "") == "group" or tower.config.model_type in MASK_OF_TOKENS
     return not without and "attention_mask" in inspect.signature(tower.forward).parameters

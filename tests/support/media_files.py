@@ -1,12 +1,18 @@
-"""Media files with known contents: a shade that tells the time, a tone at known seconds."""
+"""Media files with known contents: a shade that tells the time, a tone at known seconds. A tokenizer of a few words."""
 
 from fractions import Fraction
 
 import av
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 
-RATE, SIDE = 16_000, 32
+RATE, FPS, SIDE = 16_000, 8, 32
+# Hz of the tone of `write_video` and `write_wav`.
+TONE = 440.0
 # A tone's peak: too loud to be lost in encoding.
 PEAK = 0.5
 
@@ -83,3 +89,29 @@ def write(
                     container.mux(audio.encode(ready))
             container.mux(audio.encode())
     return str(path)
+
+
+def write_video(path, frames=8, sound=True, silent_until=0.0):
+    """A clip whose frame i is all of grey level 25 i, with a tone on its track."""
+    times = np.arange(int(frames / FPS * RATE)) / RATE
+    wave = np.where(times >= silent_until, PEAK * np.sin(2 * np.pi * TONE * times), 0)[None].astype(np.float32)
+    images = [np.full((SIDE, SIDE, 3), 25 * i, np.uint8) for i in range(frames)]
+    return write(path, length=frames / FPS, fps=FPS, images=images, sound=wave if sound else None)
+
+
+def write_wav(path, seconds=0.5, rate=8000):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=rate, layout="mono")
+        wave = (0.5 * np.sin(2 * np.pi * TONE * np.arange(int(seconds * rate)) / rate) * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+        frame.sample_rate = rate
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def tokenizer():
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "what", "is", "heard", "seen"])}
+    model = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
