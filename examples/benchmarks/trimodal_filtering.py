@@ -4,8 +4,9 @@
 
 Each of 64 frames shows a digit and has a sound. "Which digit at the high tone?": it is the same one in all frames with
 that tone, and the clip's only label. The other frames are of the same kind: another digit comes with the other tone, a
-third with noise, a fourth with silence. 0, 50, 75 or 90 % of the frames are such. Pictures, sounds and words are features
-of frozen towers, those of `trimodal_question_answering.py`, drawn anew for each frame; `FeatureTower`s take them.
+third with noise, a fourth with silence. 0, 50, 75 or 90 % of the frames are such. Pictures, sounds and words are
+features of frozen towers, those of `trimodal_question_answering.py`, drawn anew for each frame; `FeatureTower`s take
+them.
 
 Methods differ in how frames become one vector, and in whether and how LSTTA filters. Each is trained at every learning
 rate of a grid for every seed; the rate is the one that is best on validation clips over all seeds. A seed changes the
@@ -60,7 +61,9 @@ class WithAttentionPooling(TrimodalForSequenceClassification):
     def _add_parts(self) -> None:
         super()._add_parts()
         width = self.vision_model.config.hidden_size
-        self.pooling_score = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+        self.pooling_score = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+        )
 
     def _pool(self, encoded: Encoded) -> Any:
         vectors, present = super()._pool(encoded)
@@ -125,7 +128,10 @@ class Features:
             others = [sound for sound in SOUNDS if sound != asked]
             heard = rng.permutation([asked] * relevant + [others[i % 3] for i in range(FRAMES - relevant)])
             for frame, sound in enumerate(heard):
-                for name, bank in (("frame_features", self.pictures[digits[sound]]), ("input_features", self.sounds[sound])):
+                for name, bank in (
+                    ("frame_features", self.pictures[digits[sound]]),
+                    ("input_features", self.sounds[sound]),
+                ):
                     batch[name][clip, frame] = bank[rng.integers(len(bank))]
             words = self.words[asked][rng.integers(len(self.words[asked]))]
             batch["inputs_embeds"][clip, : len(words)] = words
@@ -168,7 +174,9 @@ def accuracy(model: nn.Module, data: dict[str, Tensor]) -> float:
     return 100 * float((guesses == data["labels"]).float().mean())
 
 
-def run(method: str, data: dict[str, dict[str, Tensor]], rate: float, seed: int, steps: int, window: int) -> dict[str, Any]:
+def run(
+    method: str, data: dict[str, dict[str, Tensor]], rate: float, seed: int, steps: int, window: int
+) -> dict[str, Any]:
     """Train and score one model; with a filter, how much more relevant frames count is in `importance`."""
     set_seed(seed)
     names = {"vision": "frame_features", "audio": "input_features", "text": "inputs_embeds"}
@@ -237,7 +245,7 @@ def print_table(results: dict[str, Any], args: argparse.Namespace) -> None:
         cells = []
         for share in IRRELEVANT:
             runs = {r: [results[key_of(share, s, method, r)] for s in range(args.seeds)] for r in RATES}
-            best = max(RATES, key=lambda rate: statistics.mean(each["validation"] for each in runs[rate]))  # noqa: B023
+            best = max(RATES, key=lambda rate: statistics.mean(each["validation"] for each in runs[rate]))
             scores = [each["test"] for each in runs[best]]
             spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
             cells.append(f"{statistics.mean(scores):.1f} ± {spread:.1f}")

@@ -96,9 +96,7 @@ class TowerBatch:
                     )
                 )
         layout = layout_of(tower, modality, steps)
-        return cls(
-            modality, tower, size, layout, None if mask is None else mask.bool(), times, segments, steps
-        )
+        return cls(modality, tower, size, layout, None if mask is None else mask.bool(), times, segments, steps)
 
     def split(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """`(batch, steps, tokens of a step, dim)` of the tokens in time and `(batch, tokens, dim)` of the others."""
@@ -162,7 +160,10 @@ class TowerBatch:
         centers, apart = step_centers(self.tower, self.steps, steps // self.segments)
         centers = centers.to(self.times)
         first, length = self.times[..., :1], self.times[..., 1:]
-        middle, half = (first + centers * length).flatten(1), (length * apart / 2).expand(-1, -1, len(centers)).flatten(1)
+        middle, half = (
+            (first + centers * length).flatten(1),
+            (length * apart / 2).expand(-1, -1, len(centers)).flatten(1),
+        )
         return torch.stack([middle - half, middle + half], -1)
 
     def _frame_times(self, times: Tensor, steps: int) -> Tensor:

@@ -24,6 +24,7 @@ class Extent:
 
     @classmethod
     def of(cls, valid: Tensor) -> Extent:
+        """The extent of `valid (rows, steps)`."""
         index = torch.arange(valid.shape[1], device=valid.device)
         first = torch.where(valid, index, valid.shape[1]).amin(1, keepdim=True)
         last = torch.where(valid, index, -1).amax(1, keepdim=True)
@@ -31,6 +32,7 @@ class Extent:
 
     @property
     def position(self) -> Tensor:
+        """`(rows, steps)`, the place of each step, 0 where the first valid one begins and 1 where the last ends."""
         return (self.offset + 0.5) / self.length.clamp(min=1)
 
 
@@ -58,6 +60,7 @@ class Clock:
 
     @classmethod
     def of(cls, frames: Tensor, vision: Extent, sound: Tensor, audio: Extent) -> Clock:
+        """The clock of frames `(rows, frames, 2)` and sound `(rows, steps, 2)`, from when to when, in seconds."""
         starts = torch.where(vision.valid, frames[..., 0], -torch.inf).cummax(1).values
         index = torch.arange(frames.shape[1], device=frames.device)
         shown = torch.where(vision.valid, index, -1).cummax(1).values
@@ -126,4 +129,3 @@ class Clock:
         frames = (self.seen > -torch.inf).sum(1, keepdim=True)
         length = (self.end - self.begin) / frames.clamp(min=1)
         return torch.where(frames > 0, length, 1.0).clamp(min=SHORTEST)
-

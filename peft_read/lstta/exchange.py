@@ -163,7 +163,7 @@ class _Forward:
         return self.batch.towers[tower].modality
 
     def _leave_importance(self, importance: Tensor, samples: list[bool] | None) -> None:
-        """Leave the importance of frames at this level for whoever pools; that of adapters acting together multiplies."""
+        """Leave the importance of frames at this level for pooling; that of adapters acting together multiplies."""
         if samples is not None and len(samples) == len(importance):  # the layers refuse another number
             importance = importance.where(torch.tensor(samples, device=importance.device)[:, None], 1.0)
         before = self.batch.importance.get("vision")

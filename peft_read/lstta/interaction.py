@@ -96,9 +96,9 @@ class FrameFilter(nn.Module):
     A frame's descriptor, the mean over its tokens' values, attends to those of all frames, then to the text and to
     what is heard at the time of each frame; frames and sound carry their position within the valid length. Two linear
     layers make a score of it. As a `"gate"`, a frame's importance is the sigmoid of its score, 0.9 or so before
-    training. As a `"choice"`, frames are measured by each other: a frame's importance is the exponential of how far its
-    score is below the highest of its clip, so that a clip always has a frame that counts fully and pictures as such
-    can't be switched off; all frames count fully before training. The only part of LSTTA whose cost grows with the
+    training. As a `"choice"`, frames are measured by each other: a frame's importance is the exponential of its score
+    minus the highest score of its clip, so that a clip always has a frame that counts fully and pictures as such can't
+    be switched off; all frames count fully before training. This is the only part of LSTTA whose cost grows with the
     square of the number of frames.
 
     Args:

@@ -180,7 +180,9 @@ class LsttaModel(AdapterTuner):
 def _warn_of_layerdrop(towers: dict[str, nn.Module]) -> None:
     for modality, tower in towers.items():
         places = [getattr(tower, "config", None), *tower.modules()]
-        dropping = {n for place in places if place is not None for n, v in vars(place).items() if n.endswith("layerdrop") and v}
+        dropping = {
+            n for place in places if place is not None for n, v in vars(place).items() if n.endswith("layerdrop") and v
+        }
         if dropping:
             warnings.warn(
                 f"The {modality} tower leaves out blocks at random in training ({', '.join(sorted(dropping))}), and "

@@ -114,10 +114,9 @@ def plan_windows(
     A window holds `window` frames, and the sound that is heard while these are shown. Where `times` are known, that is
     so in seconds: sound between two frames goes with the earlier one, and sound before the first frame or after the
     last is in windows without frames, equal ones about as long as those with frames, at most `num_audio_windows` of
-    each. Else a clip's pictures and sound are taken
-    to begin and to end together: sound goes by its place within the valid length, from the first valid step to the
-    last. A clip without frames, be they missing for all clips or masked out for this one, has `num_audio_windows` equal
-    windows of its sound.
+    each. Else a clip's pictures and sound are taken to begin and to end together: sound goes by its place within the
+    valid length, from the first valid step to the last. A clip without frames, be they missing for all clips or masked
+    out for this one, has `num_audio_windows` equal windows of its sound.
 
     Args:
         steps: number of time steps of the towers `"vision"` and `"audio"`, as far as they have a time axis.

@@ -48,15 +48,16 @@ class FeatureBlock(nn.Module):
     """Gives what it gets: where LSTTA sits in a tower that has no blocks."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """The same `hidden`."""
         return hidden
 
 
 class FeatureTower(PreTrainedModel):
     """Stands for a tower whose outputs were computed before: takes them, and gives them to the others.
 
-    Features go through a linear projection, which starts as the identity, or at random where `hidden_size` differs from
-    `feature_size` (then name `"projector"` in `modules_to_save`), and from there through `num_hidden_layers` places at
-    which LSTTA can sit. They are what a [`TrimodalModel`] takes as `frame_features`, `input_features` or
+    Features go through a linear projection, which starts as the identity, or at random where `hidden_size` differs
+    from `feature_size` (then name `"projector"` in `modules_to_save`), and from there through `num_hidden_layers`
+    places at which LSTTA can sit. They are what a [`TrimodalModel`] takes as `frame_features`, `input_features` or
     `inputs_embeds`, with the mask and the times of their modality.
 
     ```python

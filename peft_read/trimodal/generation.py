@@ -42,7 +42,7 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
         self.generation_config = self.language_model.generation_config
 
     @property
-    def text_model(self) -> PreTrainedModel:  # type: ignore[override]
+    def text_model(self) -> PreTrainedModel:
         """The language model's encoder."""
         encoder: PreTrainedModel = self.language_model.get_encoder()
         return encoder
@@ -66,7 +66,9 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
 
     @classmethod
     def _load(cls, modality: str, source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        return load_language_model(source, **kwargs) if modality == "text" else super()._load(modality, source, **kwargs)
+        return (
+            load_language_model(source, **kwargs) if modality == "text" else super()._load(modality, source, **kwargs)
+        )
 
     @can_return_tuple
     def forward(
@@ -88,13 +90,15 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
     ) -> TrimodalOutput:
-        """As in [`TrimodalModel`], with `logits (batch, written, vocabulary)`.
+        """As in [`TrimodalModel`], with `logits (batch, written, vocabulary)`, and a loss where `labels` are given.
 
-        Args:
-            pixel_values: as in [`TrimodalModel`], like all inputs; there has to be some text, such as "describe:".
-            labels: `(batch, written)`, the tokens to be written; -100 counts for nothing. With them there is a loss.
-            decoder_input_ids: `(batch, written)`, what the decoder has written so far; made of `labels` by default.
-            decoder_attention_mask: `(batch, written)`, 1 where that is real.
+        Labels are `(batch, written)`, the tokens to be written, where -100 counts for nothing. `decoder_input_ids
+        (batch, written)` are what the decoder has written so far, made of `labels` by default, and
+        `decoder_attention_mask` is 1 where that is real. All other inputs are those of [`TrimodalModel`]; there has to
+        be some text, such as "describe:".
+
+        Raises:
+            ValueError: if there is no text.
         """
         inputs = TrimodalInputs(
             pixel_values=pixel_values,
@@ -143,7 +147,8 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
         if inputs is not None:
             given["input_ids"] = inputs
         encoded = self._encode(self._with_text(TrimodalInputs(**given)))
-        return self.language_model.generate(
+        generate: Any = self.language_model.generate
+        return generate(
             **self._for_decoder(encoded), generation_config=generation_config or self.generation_config, **kwargs
         )
 

@@ -169,15 +169,12 @@ class TrimodalForMultipleChoice(TrimodalModel):
         output_attentions: bool | None = None,
         labels: Tensor | None = None,
     ) -> TrimodalOutput:
-        """As in [`TrimodalModel`], with `logits (batch, choices)`; rows of the towers' outputs are choices.
+        """As in [`TrimodalModel`], with `logits (batch, choices)`, and with a loss where `labels` are given.
 
-        Args:
-            pixel_values: as in [`TrimodalModel`], like all inputs but for text.
-            input_ids: `(batch, choices, words)`.
-            attention_mask: `(batch, choices, words)`, 1 where a token is real; all 0 for a choice that a sample doesn't
-                have, whose logit is minus infinity.
-            inputs_embeds: `(batch, choices, words, dim)`, in place of `input_ids`.
-            labels: `(batch,)`, the index of the choice that fits; -100 counts for nothing. With them there is a loss.
+        `input_ids` and `attention_mask` are `(batch, choices, words)`, `inputs_embeds (batch, choices, words, dim)`. A
+        choice that a sample doesn't have is all 0 in the mask, and its logit is minus infinity. Labels are `(batch,)`,
+        the index of the choice that fits, where -100 counts for nothing. Rows of the towers' outputs are
+        choices, `batch * choices`. All other inputs are those of [`TrimodalModel`].
 
         Raises:
             ValueError: if the text has no axis of choices.

@@ -96,7 +96,9 @@ class TrimodalInputs:
             beside = {"a mask": MASKS[modality], "times": TIMES.get(modality)}
             for what, name in beside.items():
                 if name and getattr(self, name) is not None:
-                    raise ValueError(f"There is {what} for the {modality} tower, but no input.".replace("is times", "are times"))
+                    raise ValueError(
+                        f"There is {what} for the {modality} tower, but no input.".replace("is times", "are times")
+                    )
             return None
         if tower is None:
             raise ValueError(f"This model has no {modality} tower, but was given {list(given)}.")
@@ -129,7 +131,7 @@ def drop_modalities(batch: LockstepBatch, probability: float, needed: Sequence[s
         probability: with which a sample loses a modality, each by itself; a sample that would lose all keeps them.
         needed: modalities that no sample loses.
     """
-    device = next(iter(batch.towers.values())).tower.device
+    device = next(next(iter(batch.towers.values())).tower.parameters()).device
     lost, left = {}, torch.zeros(batch.size, dtype=torch.bool, device=device)
     for modality, part in batch.towers.items():
         present = torch.ones(batch.size, dtype=torch.bool, device=device)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 
@@ -69,21 +68,26 @@ def load_language_model(source: str | os.PathLike[str] | PreTrainedModel, **kwar
         TypeError: if `source` is neither.
         ValueError: if it is another kind of model, or the checkpoint lacks some of its weights.
     """
-    if not isinstance(source, PreTrainedModel):
-        _check_source("text", source)
-        config = AutoConfig.from_pretrained(source)
-        if not config.is_encoder_decoder:
-            raise ValueError(_no_language_model(f"{source}, a {type(config).__name__},"))
-        with _quiet():
-            source, report = AutoModelForSeq2SeqLM.from_pretrained(source, output_loading_info=True, **kwargs)
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(
-                f"{source.name_or_path} lacks {len(missing)} weights of a {type(source).__name__} "
-                f"({', '.join(missing[:3])}), which would be random. Name a checkpoint that has them."
-            )
-    if not (source.config.is_encoder_decoder and source.can_generate() and source.main_input_name == "input_ids"):
-        raise ValueError(_no_language_model(f"A {type(source).__name__}"))
-    return source
+    model = source if isinstance(source, PreTrainedModel) else _load_language_model(source, kwargs)
+    if not (model.config.is_encoder_decoder and model.can_generate() and model.main_input_name == "input_ids"):
+        raise ValueError(_no_language_model(f"A {type(model).__name__}"))
+    return model
+
+
+def _load_language_model(source: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+    _check_source("text", source)
+    config = AutoConfig.from_pretrained(source)
+    if not config.is_encoder_decoder:
+        raise ValueError(_no_language_model(f"{source}, a {type(config).__name__},"))
+    model: PreTrainedModel
+    with _quiet():
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}), which "
+            "would be random. Name a checkpoint that has them."
+        )
+    return model
 
 
 def _no_language_model(what: str) -> str:
@@ -124,7 +128,9 @@ def _part_for(modality: str, model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _headless(model: PreTrainedModel) -> PreTrainedModel:
-    return model.base_model if re.search(r"For[A-Z]|LMHead", type(model).__name__) else model
+    base = model.base_model if re.search(r"For[A-Z]|LMHead", type(model).__name__) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def side_config(modality: str, config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -155,7 +161,9 @@ def _alone(modality: str, source: Any, config: PreTrainedConfig, kwargs: dict[st
         cls = class_beside(side, type(side).__name__.replace("Config", "Model"))
         return None if cls is None else _load(cls, source, side, kwargs)
     if config.is_encoder_decoder and config.model_type in ("t5", "mt5", "umt5"):
-        return _load(class_beside(config, type(config).__name__.replace("Config", "EncoderModel")), source, None, kwargs)
+        return _load(
+            class_beside(config, type(config).__name__.replace("Config", "EncoderModel")), source, None, kwargs
+        )
     return _taken_out(modality, AutoModel, source, kwargs) if type(config) in AutoModel._model_mapping else None
 
 
@@ -172,7 +180,9 @@ def _renamed(modality: str, source: Any, config: PreTrainedConfig, kwargs: dict[
     if not prefix:
         return None
     # Composites save their base model's parts with and without its own name in front.
-    names = {rf"^({re.escape(cls.base_model_prefix)}\.)?{re.escape(prefix.removeprefix(cls.base_model_prefix + '.'))}\.": ""}
+    names = {
+        rf"^({re.escape(cls.base_model_prefix)}\.)?{re.escape(prefix.removeprefix(cls.base_model_prefix + '.'))}\.": ""
+    }
     try:
         return _load(type(part), source, part.config, kwargs | {"key_mapping": names})
     except (RuntimeError, ValueError):
@@ -215,7 +225,7 @@ def _taken_out(modality: str, cls: Any, source: Any, kwargs: dict[str, Any]) -> 
 
 
 def _without(cls: type[PreTrainedModel], config: PreTrainedConfig, missing: list[str]) -> dict[str, Any] | None:
-    """What to load a model with so that it doesn't have what is missing, of what no tower here needs; None if it does."""
+    """Options with which a model is built without what is missing; None if some of that is needed."""
     options: dict[str, Any] = {}
     for name in missing:
         if name.startswith("pooler.") and "add_pooling_layer" in inspect.signature(cls.__init__).parameters:

@@ -1,6 +1,7 @@
-"""Frames and sound of media files with their time stamps, read with PyAV: frames by seeking, sound mixed to one channel.
+"""Frames and sound of media files with their time stamps, read with PyAV.
 
-Seconds are those of the file's own clock, which its pictures and its sound share.
+Frames are found by seeking, sound is mixed to one channel. Seconds are those of the file's own clock, which its
+pictures and its sound share.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def decode_frames(source: Source, wanted: int) -> Frames:
 
 @dataclass(frozen=True)
 class _Shown:
-    """When a packet's frame begins to be shown and for how long, in the stream's units, and whether one can begin there."""
+    """When a packet's frame begins to be shown and for how long, in the stream's units, and if it is a key frame."""
 
     begin: int
     length: int

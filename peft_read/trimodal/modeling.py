@@ -65,7 +65,8 @@ class TrimodalModel(PreTrainedModel):
     """Two or three pretrained encoders, of pictures, sound and text, and one vector of what they found.
 
     The towers are `vision_model`, `audio_model` and `text_model`, None where there is none. Each tower is mean-pooled
-    over its valid tokens, unless `config.pooling` weighs frames by their importance; the means, normalised and projected, are averaged over the modalities that a sample has.
+    over its valid tokens, unless `config.pooling` weighs frames by their importance; the means, normalised and
+    projected, are averaged over the modalities that a sample has.
 
     Args:
         config: configuration of all; its tower configurations say how to build the towers that aren't given.
@@ -168,7 +169,7 @@ class TrimodalModel(PreTrainedModel):
             config_kwargs: fields of [`TrimodalConfig`], such as `num_labels` or `pooling`.
 
         Raises:
-            ValueError: if there is only one tower, a model has no side for the modality, or a checkpoint lacks weights.
+            ValueError: if there is only one tower, a model has no side for the modality, or weights are missing.
         """
         kwargs = {"dtype": dtype, "attn_implementation": attn_implementation}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -188,7 +189,8 @@ class TrimodalModel(PreTrainedModel):
         Raises:
             ValueError: if the checkpoint lacks weights of a tower.
         """
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
         missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] not in cls.new_parts)
         if missing:
             raise ValueError(

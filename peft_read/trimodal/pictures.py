@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def _of_frame_batch(video: Any, wanted: int) -> Frames:
     places = even_places(len(video.data), wanted)
     begins = np.asarray(video.pts_seconds, np.float64)
     ends = begins + np.asarray(video.duration_seconds, np.float64)
-    parts = [begins[places[0]], *((begins[a] + begins[b]) / 2 for a, b in zip(places, places[1:], strict=False))]
+    parts = [begins[places[0]], *((begins[a] + begins[b]) / 2 for a, b in pairwise(places))]
     borders = np.array([*parts, ends[places[-1]]])
     if len(places) == len(begins):
         borders = np.array([*begins, ends[-1]])

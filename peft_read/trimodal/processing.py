@@ -27,7 +27,8 @@ from transformers.utils import PROCESSOR_NAME
 from transformers.utils.hub import PushToHubMixin
 
 from .configuration import TrimodalConfig
-from .media import Frames, Path as AnyPath, Sound, is_source
+from .media import Frames, Sound, is_source
+from .media import Path as AnyPath
 from .pictures import frames_of
 from .sounds import features_of, segment_length, sound_of
 

@@ -63,10 +63,9 @@ class TrimodalForRetrieval(TrimodalModel):
     ) -> TrimodalOutput:
         """As in [`TrimodalModel`], with `logits (sentences, clips)`, whose diagonal are the pairs of the batch.
 
-        Args:
-            pixel_values: as in [`TrimodalModel`], like all inputs; clips and sentences in the same order.
-            return_loss: whether there is a loss: the mean cross-entropy of finding each sentence's clip among those of
-                the batch, and each clip's sentence. In training on several devices each has its own batch.
+        With `return_loss` there is a loss, the mean cross-entropy of finding each sentence's clip among those of the
+        batch, and each clip's sentence; in training on several devices each has its own batch. Clips and sentences are
+        in the same order. All inputs are those of [`TrimodalModel`].
 
         Raises:
             ValueError: if clips or sentences are missing, or there are more of one than of the other.

@@ -124,7 +124,9 @@ def hears(extractor: Any) -> float | None:
     """How many seconds a feature extractor takes at most; None if as many as there are."""
     if (seconds := getattr(extractor, "max_length_s", None)) is not None:  # CLAP
         return float(seconds)
-    if (seconds := getattr(extractor, "chunk_length", None)) is not None and hasattr(extractor, "n_samples"):  # Whisper
+    if (seconds := getattr(extractor, "chunk_length", None)) is not None and hasattr(
+        extractor, "n_samples"
+    ):  # Whisper
         return float(seconds)
     if "max_length" in vars(extractor) and hasattr(extractor, "num_mel_bins"):  # AST
         return float(extractor.max_length * HOP)

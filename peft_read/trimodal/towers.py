@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..lockstep.layouts import layout_of, takes_videos
@@ -116,7 +116,7 @@ def tower_width(tower: PreTrainedModel) -> int:
     return int(width)
 
 
-def _takes_mask(tower: nn.Module) -> bool:
-    # Those were pretrained without, and see silence in place of padding; or their mask goes over patches, not over sound.
+def _takes_mask(tower: PreTrainedModel) -> bool:
+    # Those were pretrained without, and see silence in place of padding; or their mask is one of tokens, not of sound.
     without = getattr(tower.config, "feat_extract_norm", "") == "group" or tower.config.model_type in MASK_OF_TOKENS
     return not without and "attention_mask" in inspect.signature(tower.forward).parameters

@@ -164,7 +164,7 @@ def test_later_sound_changes_later_tokens(family):
 
 @pytest.mark.parametrize("frame", [0, 100, 130, 255])
 def test_pieces_of_a_spectrogram_are_put_in_order(frame):
-    """CLAP's square image of 64 x 64 holds 256 frames in four rows of pieces: a change of one frame of 256, exactly."""
+    """CLAP's square image of 64 x 64 holds 256 frames in four rows of pieces: one frame of 256 changes, exactly."""
     model = tower("clap_audio")
     inputs = sound_inputs("clap_audio")
     other = inputs["input_features"].clone()

@@ -14,7 +14,6 @@ from trimodal_families import (
     FRAMES,
     HEADS,
     IMAGE,
-    LAYERS,
     MELS,
     PATCH,
     SIZES,
@@ -346,12 +345,18 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "albert": Checkpoint(
         "AlbertForMaskedLM", made("AlbertConfig", **TEXT, embedding_size=16), {"text": "albert"}, ("pooler",)
     ),
-    "electra": Checkpoint("ElectraForPreTraining", made("ElectraConfig", **TEXT, embedding_size=16), {"text": "electra"}),
-    "deberta_v2": Checkpoint("DebertaV2ForMaskedLM", made("DebertaV2Config", **family("deberta_v2")), {"text": "deberta"}),
+    "electra": Checkpoint(
+        "ElectraForPreTraining", made("ElectraConfig", **TEXT, embedding_size=16), {"text": "electra"}
+    ),
+    "deberta_v2": Checkpoint(
+        "DebertaV2ForMaskedLM", made("DebertaV2Config", **family("deberta_v2")), {"text": "deberta"}
+    ),
     "distilbert": Checkpoint(
         "DistilBertForMaskedLM", made("DistilBertConfig", **family("distilbert")), {"text": "distilbert"}
     ),
-    "modernbert": Checkpoint("ModernBertForMaskedLM", made("ModernBertConfig", **family("modernbert")), {"text": "model"}),
+    "modernbert": Checkpoint(
+        "ModernBertForMaskedLM", made("ModernBertConfig", **family("modernbert")), {"text": "model"}
+    ),
     "gpt2": Checkpoint("GPT2LMHeadModel", made("GPT2Config", **family("gpt2")), {"text": "transformer"}),
     "llama": Checkpoint("LlamaForCausalLM", made("LlamaConfig", **LLAMA), {"text": "model"}),
 }

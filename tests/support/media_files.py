@@ -1,4 +1,4 @@
-"""Media files with known contents: a shade that tells the time, a tone at known seconds. A tokenizer of a few words."""
+"""Media files with known contents: a shade that tells the time, a tone at known seconds; and a tokenizer."""
 
 from fractions import Fraction
 

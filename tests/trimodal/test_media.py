@@ -2,6 +2,7 @@
 
 import io
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_frames_are_those_shown_in_the_middle_of_equal_parts(case, ending, tmp_p
     frames = decode_frames(path, 8)
     first = begins[0]
     borders = [first + (end - first) * part / 8 for part in range(9)]
-    np.testing.assert_allclose(frames.times, list(zip(borders, borders[1:], strict=False)), atol=0.06)
+    np.testing.assert_allclose(frames.times, list(pairwise(borders)), atol=0.06)
     for image, (start, stop) in zip(frames.images, frames.times, strict=True):
         shown = max(begin for begin in begins if begin <= (start + stop) / 2 + 1e-6)
         assert abs(seconds_of(image, end) - shown) < 0.12

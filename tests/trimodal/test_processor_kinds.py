@@ -266,9 +266,7 @@ def test_long_sound_comes_in_segments(kind):
     assert batch[name].shape[:2] == (3, 3)
     assert shape is None or batch[name].shape[2:] == shape
     assert batch["audio_mask"].shape[:2] == (3, 3)
-    assert batch["audio_times"][0].tolist() == [
-        [pytest.approx(seconds * i), pytest.approx(step)] for i in range(3)
-    ]
+    assert batch["audio_times"][0].tolist() == [[pytest.approx(seconds * i), pytest.approx(step)] for i in range(3)]
     real = (batch["audio_mask"] * step).sum(2)
     assert real[0].tolist() == pytest.approx([2, 2, 1], abs=2.1 * max(step, 0.01))
     assert real[1].tolist() == pytest.approx([0.5, 0, 0], abs=2.1 * max(step, 0.01))
