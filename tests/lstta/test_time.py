@@ -127,7 +127,7 @@ def test_a_clip_is_planned_as_it_is_alone():
         assert groups(together, row) == groups(plan([row]), 0)
     assert groups(together, 0) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert groups(together, 1) == [[0, 1, 2, 3], [4, 5]]
-    assert groups(together, 2) == [[0, 1], [2, 3], [4]]
+    assert groups(together, 2) == [[0, 1], [2], [3, 4]]
     assert together.steps["vision"].position[1, :2].tolist() == [0.25, 0.75]
 
 
