@@ -81,16 +81,18 @@ def find_composite(model: nn.Module) -> tuple[str, Any]:
 
 
 def towers_of(composite: nn.Module) -> dict[str, nn.Module]:
-    """By modality, the towers of a composite model.
+    """By modality, the towers of a composite model that meet: all, or those that its class names as `meeting`.
 
     Raises:
         ValueError: if there are fewer than two.
     """
-    towers = {modality: getattr(composite, f"{modality}_model", None) for modality in MODALITIES}
+    meeting = getattr(type(composite), "meeting", MODALITIES)
+    towers = {modality: getattr(composite, f"{modality}_model", None) for modality in meeting}
     present = {modality: tower for modality, tower in towers.items() if isinstance(tower, nn.Module)}
     if len(present) < 2:
+        expected = [f"`{modality}_model`" for modality in meeting]
         raise ValueError(
-            f"LSTTA needs two or three towers, but the {type(composite).__name__} has {', '.join(present) or 'none'} "
-            "of `vision_model`, `audio_model` and `text_model`."
+            f"LSTTA needs two or three towers that meet, but the {type(composite).__name__} has "
+            f"{', '.join(present) or 'none'} of {', '.join(expected[:-1])} and {expected[-1]}."
         )
     return present

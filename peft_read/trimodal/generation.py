@@ -60,6 +60,10 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
     def _add_parts(self) -> None:
         pass
 
+    def pretrained_parts(self) -> dict[str, PreTrainedModel]:
+        """By modality, the towers, and the language model for text."""
+        return self.towers() | {"text": self.language_model}
+
     @classmethod
     def _build(cls, modality: str, config: PreTrainedConfig) -> PreTrainedModel:
         return build_language_model(config) if modality == "text" else super()._build(modality, config)
@@ -89,13 +93,14 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
         labels: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
     ) -> TrimodalOutput:
         """As in [`TrimodalModel`], with `logits (batch, written, vocabulary)`, and a loss where `labels` are given.
 
         Labels are `(batch, written)`, the tokens to be written, where -100 counts for nothing. `decoder_input_ids
-        (batch, written)` are what the decoder has written so far, made of `labels` by default, and
-        `decoder_attention_mask` is 1 where that is real. All other inputs are those of [`TrimodalModel`]; there has to
-        be some text, such as "describe:".
+        (batch, written)`, or `decoder_inputs_embeds`, are what the decoder has written so far, made of `labels` by
+        default, and `decoder_attention_mask` is 1 where that is real. All other inputs are those of [`TrimodalModel`];
+        there has to be some text, such as "describe:".
 
         Raises:
             ValueError: if there is no text.
@@ -119,6 +124,7 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
             labels=labels,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
             return_dict=True,
         )
         return self._output(encoded, loss=written.loss, logits=written.logits)

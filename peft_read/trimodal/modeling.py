@@ -80,6 +80,8 @@ class TrimodalModel(PreTrainedModel):
 
     # Modalities that a sample keeps when others are dropped in training.
     needed: ClassVar[tuple[str, ...]] = ()
+    # Modalities whose towers run in lockstep; others run by themselves, without adapters.
+    meeting: ClassVar[tuple[str, ...]] = MODALITIES
     # Parts that start from random weights, by their names.
     new_parts: ClassVar[tuple[str, ...]] = ("fusion",)
     config_class = TrimodalConfig
@@ -203,6 +205,10 @@ class TrimodalModel(PreTrainedModel):
     def towers(self) -> dict[str, PreTrainedModel]:
         """By modality, the towers that there are."""
         return {m: tower for m in MODALITIES if (tower := getattr(self, f"{m}_model")) is not None}
+
+    def pretrained_parts(self) -> dict[str, PreTrainedModel]:
+        """By modality, what `from_pretrained_towers` was given, or the tower of it."""
+        return self.towers()
 
     @can_return_tuple
     def forward(

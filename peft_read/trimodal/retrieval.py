@@ -31,10 +31,11 @@ class TrimodalForRetrieval(TrimodalModel):
     """A trimodal model that embeds clips and sentences apart, and learns which belong together.
 
     Pictures and sound of a clip meet in lockstep once LSTTA joins them; a sentence runs through its tower by itself,
-    which LSTTA leaves as it is: else a clip's embedding would depend on what is asked. Name `"fusion"` and
-    `"similarity"` in `modules_to_save`.
+    which LSTTA leaves as it is: else a clip's embedding would depend on what is asked. With pictures or sound alone
+    there is nothing to meet, and LSTTA refuses. Name `"fusion"` and `"similarity"` in `modules_to_save`.
     """
 
+    meeting = ("vision", "audio")
     new_parts = ("fusion", "similarity")
 
     def _add_parts(self) -> None:
