@@ -37,6 +37,7 @@ from .trimodal.heads import (
     TrimodalForSequenceClassification,
 )
 from .trimodal.modeling import TrimodalModel
+from .trimodal.picture import plot_importance
 from .trimodal.processing import TrimodalProcessor
 from .trimodal.retrieval import TrimodalForRetrieval
 from .tuners.registration import register
@@ -76,6 +77,7 @@ __all__ = [
     "find_feed_forward_outputs",
     "onnx_translations",
     "partial_transport",
+    "plot_importance",
     "plot_plan",
     "recurrent_scan",
 ]

@@ -149,10 +149,13 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
             What the language model's `generate` returns: by default `(batch, written)` token ids.
         """
         names = TrimodalInputs.__dataclass_fields__
-        given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        values = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         if inputs is not None:
-            given["input_ids"] = inputs
-        encoded = self._encode(self._with_text(TrimodalInputs(**given)))
+            values["input_ids"] = inputs
+        given = self._with_text(TrimodalInputs(**values))
+        encoded = self._encode(given)
+        if given.input_ids is not None:  # some options look at what was read, such as `encoder_no_repeat_ngram_size`
+            kwargs["input_ids"] = given.input_ids
         generate: Any = self.language_model.generate
         return generate(
             **self._for_decoder(encoded), generation_config=generation_config or self.generation_config, **kwargs

@@ -113,7 +113,6 @@ class TrimodalModel(PreTrainedModel):
             elif tower is not None:
                 _keep_weights(tower)
             if tower is not None:
-                without_layerdrop(modality, tower)
                 note_class(tower)
                 setattr(config, f"{modality}_config", tower.config)
             self._put(modality, tower)
@@ -123,6 +122,8 @@ class TrimodalModel(PreTrainedModel):
                 f"A {type(self).__name__} joins at least two towers, got {list(towers) or 'none'}: give two or three "
                 "of `vision`, `audio` and `text`."
             )
+        for modality, tower in towers.items():
+            without_layerdrop(modality, tower)
         self._add_parts()
         self.post_init()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ MASK_OF_TOKENS = ("audio-spectrogram-transformer", "qwen2_audio_encoder")
 def without_layerdrop(modality: str, tower: PreTrainedModel) -> None:
     """Let a tower run all of its blocks in training: a level without one of the towers is noise to the others."""
     places = [tower.config, *tower.modules()]
-    found = [(place, name) for place in places for name in vars(place) if name.endswith("layerdrop")]
+    found = [(place, name) for place in places for name in vars(place) if re.fullmatch(r"(encoder_)?layerdrop", name)]
     dropping = {name for place, name in found if getattr(place, name)}
     for place, name in found:
         setattr(place, name, 0.0)
