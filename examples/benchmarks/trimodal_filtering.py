@@ -39,7 +39,7 @@ from peft_read.trimodal.modeling import Encoded
 
 FRAMES, BATCH, STEPS = 64, 8, 300
 SIZES = {"train": 800, "validation": 200, "test": 400}
-RATES = (3e-3, 1e-2)
+RATES = (1e-3, 3e-3)
 IRRELEVANT = (0, 50, 75, 90)
 SOUNDS = (clips.LOW, clips.HIGH, clips.NOISE, clips.SILENCE)
 # By method: how frames are pooled, and LSTTA's filter, None for none.

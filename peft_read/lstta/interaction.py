@@ -20,6 +20,8 @@ from .windows import Windows
 
 # The score whose sigmoid is 0.9: at the start hardly any frame is suppressed.
 UNSUPPRESSED = math.log(0.9 / 0.1)
+# The least log importance that a gate gives: by itself nothing, beside others as faint a share that can be divided by.
+FAINTEST = -30.0
 # Periods over a clip of the slowest and of the fastest sinusoid that tells where in it a frame lies.
 PERIODS = (0.5, 32.0)
 # By how much heads that look by time prefer simultaneous tokens to others, in logits.
@@ -135,7 +137,8 @@ class FrameFilter(nn.Module):
         x = x + attend(linear(x, self.context_query), context, self.num_heads)
         score = linear(F.gelu(linear(x, self.enlarger)), self.scorer).squeeze(-1)
         if self.form == "gate":
-            return F.logsigmoid(score).masked_fill(~steps.valid, -math.inf)
+            # Where gates close on all frames of a clip, shares of their sum must still have finite gradients.
+            return F.logsigmoid(score).clamp(min=FAINTEST).masked_fill(~steps.valid, -math.inf)
         score = score.masked_fill(~steps.valid, -math.inf)
         highest = score.amax(1, keepdim=True)
         return score - highest.masked_fill(highest == -math.inf, 0.0)

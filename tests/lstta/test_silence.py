@@ -88,3 +88,18 @@ def test_a_chosen_frame_always_counts():
         assert torch.equal(level.amax(1), torch.ones(2))
         assert level.min() == 0
         assert not level[1, 2:].any()
+
+
+def test_closed_gates_have_finite_gradients():
+    """All frames of all clips as good as suppressed: what is pooled by their shares still trains."""
+    torch.manual_seed(0)
+    towers = tower("vit"), tower("ast"), tower("bert")
+    base = TrimodalForSequenceClassification.from_pretrained_towers(*towers, pooling="importance")
+    model = strengthen(get_peft_model(base, LsttaConfig(r=8, num_heads=2, window=2)))
+    for judge in (module for name, module in model.named_modules() if name.endswith(".judge")):
+        torch.nn.init.constant_(judge.scorer.bias, -500.0)
+    inputs = frame_inputs() | sound_inputs("ast") | text_inputs()
+    loss = model(**inputs, labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
