@@ -23,6 +23,9 @@ class TrimodalForConditionalGeneration(TrimodalModel, GenerationMixin):
     states to the decoder. Without adapters the model writes what the language model alone writes. There is no fused
     vector and nothing that starts at random.
 
+    What the last meeting tells pictures and sound reaches no word: a `DistributedDataParallel` of your own needs
+    `find_unused_parameters=True`, as Trainers set it.
+
     Give the encoder-decoder as `text` to `from_pretrained_towers`; it is the model's `language_model`. `generate` is
     the language model's own, with beams and its cache: the towers run once.
     """

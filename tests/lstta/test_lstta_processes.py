@@ -83,9 +83,11 @@ def work(rank, folder, port):
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    found = {
-        name: gradients(DistributedDataParallel(make().eval()), [halves(name)[rank]]) for name, make in MODELS.items()
-    }
+    found = {}
+    for name, make in MODELS.items():
+        # What the last meeting tells pictures and sound, no word that is written can depend on.
+        model = DistributedDataParallel(make().eval(), find_unused_parameters=name == "generation")
+        found[name] = gradients(model, [halves(name)[rank]])
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -101,6 +103,10 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         for actual in (each[name] for each in both):
             assert actual.keys() == expected.keys()
             assert all(".lstta_" in key or "modules_to_save" in key for key in actual)
+            unused = {key for key, gradient in expected.items() if gradient is None}
+            assert all(name == "generation" and "_model.layers.1.lstta_adapter" in key for key in unused), unused
             for key, gradient in expected.items():
+                if key in unused:
+                    continue
                 assert gradient.abs().max() > 0, (name, key)
                 torch.testing.assert_close(actual[key], gradient, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
