@@ -52,7 +52,7 @@ from peft_read import PvlaTrainer, VideoTextStates  # noqa: E402
 RESULTS = Path(__file__).with_suffix(".json")
 STEPS = {"plain": 200, "second": 400}
 POOL = 300  # labelled videos, of which a seed takes some
-FIRST_SEED, FIRST_TUNING_SEED = 200, 900
+SEEDS, FIRST_TUNING_SEED = list(range(200, 205)), 900
 # PVLA's weight and the projection's rate: all that is tried on validation videos.
 OPTIONS = ((3.0, 3e-3), (1.0, 3e-3), (10.0, 3e-3), (3.0, 1e-3), (3.0, 1e-2))
 TUNED_ON = (("plain", 25), ("second", 50))  # what weights and rates are chosen on
@@ -185,7 +185,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds")
     parser.add_argument("--everything", action="store_true", help="all rows, and 10 labels")
     parser.add_argument("--rows", help="only rows whose names match this regular expression")
     parser.add_argument("--cells", nargs="+", help="only these, such as plain-25")
@@ -213,21 +213,23 @@ def chosen_cells(args: argparse.Namespace) -> list[tuple[str, int]]:
 def planned(args: argparse.Namespace, results: Results) -> Iterable[Run]:
     """All runs, in order: a seed of every cell before the next seed."""
     if args.tune:
-        for (task, labels), options in itertools.product(TUNED_ON, OPTIONS):
+        cells = [cell for cell in TUNED_ON if args.cells is None or "{}-{}".format(*cell) in args.cells]
+        for (task, labels), options in itertools.product(cells, OPTIONS):
             for name, row in chosen_rows(args).items():
                 if row.like is None and (row.pvla is not None or options[0] == OPTIONS[0][0]):
                     yield Run(task, labels, name, FIRST_TUNING_SEED, *options, STEPS[task])
         return
-    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+    for seed in args.seeds:
         for task, labels in chosen_cells(args):
             for name in chosen_rows(args):
                 yield Run(task, labels, name, seed, *chosen_options(results, task, name), STEPS[task])
 
 
 def chosen_options(results: Results, task: str, row: str) -> tuple[float, float]:
-    """Weight and rate with the best validation result among those that were tried; the first if none were."""
+    """Weight and rate that did best on validation, on the task if they were tried there, else on the other."""
     row = (ROWS | MORE_ROWS)[row].like or row
-    tuning = [entry for entry in results.of(task=task, row=row) if entry["seed"] >= FIRST_TUNING_SEED]
+    tuning = [entry for entry in results.of(row=row) if entry["seed"] >= FIRST_TUNING_SEED]
+    tuning = [entry for entry in tuning if entry["task"] == task] or tuning
     if not tuning:
         return OPTIONS[0]
     best = max(tuning, key=lambda entry: entry["validation mAP"])
