@@ -62,6 +62,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 3e-3, 1e-2
 FEATURE_NOISE = 0.5
+PAIRS_IN_STEP = 16  # on all devices together
 SHOWN = 4  # test videos in the picture
 PVLA_STATES = (*BLOCK_SOURCES, "inputs")
 MADE = Path("made once")  # what --pairs is without a folder
@@ -269,6 +270,9 @@ def fit(
 ) -> PvlaTrainer:
     """Train, with PVLA where that is asked for and there is an adapter."""
     names = ("pvla_weight", "pvla_gradient_share", "pvla_states", "pvla_negatives")
+    pvla = {name: getattr(args, name) for name in names}
+    if pairs is not None:
+        pvla["pvla_pairs_batch_size"] = max(1, min(PAIRS_IN_STEP, len(pairs)) // join_processes().num_processes)
     return train(
         model,
         examples,
@@ -279,8 +283,8 @@ def fit(
         seed=args.seed,
         output_dir=str(args.output),
         description=method,
-        pvla=None if method == "head" else {name: getattr(args, name) for name in names},
-        pairs=pairs,
+        pvla=None if method == "head" else pvla,
+        pairs=None if method == "head" else pairs,
     )
 
 

@@ -112,7 +112,7 @@ MORE_ROWS: dict[str, Row] = {
     "contrastive .5, 400 pairs, no labels: matching by cosine": Row(NEGATIVES, 400, stages=0, like=CONTRASTIVE),
     "ridge map on frame labels (upper bound)": Row(None, ridge=True, like=ALONE),
 }
-CELLS = (("second", 50), ("plain", 25), ("second", 100), ("plain", 50), ("second", 25), ("plain", 100))
+CELLS = (("plain", 25), ("second", 50), ("plain", 50), ("second", 100), ("plain", 100), ("second", 25))
 MORE_CELLS = (("plain", 10), ("second", 10))
 
 

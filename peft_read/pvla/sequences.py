@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architectures.targets import owner_of, takes_text
 from ..read.layer import ReadLayer
-from .states import Batch, StateSource, VideoTextStates, without_token_masks
+from .source import Batch, StateSource, VideoTextStates, without_token_masks
 from .tokens import TokenMasks, gathered
 from .trained import modules_that_project, reaches_trained
 

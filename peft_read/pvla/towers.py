@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .states import TOKEN_MASKS, Batch, StateSource, VideoTextStates
+from .source import TOKEN_MASKS, Batch, StateSource, VideoTextStates
 
 
 def find_dual_encoder(model: nn.Module) -> PreTrainedModel | None:
