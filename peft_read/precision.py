@@ -15,6 +15,11 @@ from torch import Tensor, nn
 _NOTHING = nullcontext()
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in where something is of `dtype`."""
+    return dtype if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations on `device` keep the dtypes of their arguments."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):

@@ -8,7 +8,8 @@ Builds each type from its default config on the meta device, where weights take 
 and the language model, or where a type has neither, what it has for other tasks. A type is right if all of these are,
 as far as they can be built. It is judged by the strongest evidence that there is:
 
-- measured: the targets in `tests/read_targets.json`, of the type and of the towers in it, have to be found.
+- measured: the targets in `tests/architectures/read_targets.json`, of the type and of the towers in it, have to be
+  found.
 - read from code: the same, but these targets, the entries with the source "code", weren't measured, or not all.
 - own rule: elsewhere the blocks are looked up by a simple rule of the census's own (`blocks_of`), and each has to hold
   exactly one target, of the block's width, and none may lie outside: that shows slips, but not a mistake that both
@@ -42,7 +43,7 @@ from peft_read import find_feed_forward_outputs
 from peft_read.architectures.targets import default_targets, owner_of
 
 
-MEASURED = Path(__file__).parents[2] / "tests" / "read_targets.json"
+MEASURED = Path(__file__).parents[2] / "tests" / "architectures" / "read_targets.json"
 # The base model, and what people fine-tune most.
 AUTO_CLASSES = ("", "FOR_CAUSAL_LM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_MULTIMODAL_LM", "FOR_SPEECH_SEQ_2_SEQ")
 AUTO_CLASSES += ("FOR_IMAGE_TEXT_TO_TEXT", "FOR_TEXT_TO_WAVEFORM", "FOR_PRETRAINING")
