@@ -1,4 +1,4 @@
-"""Towers that see other tokens than the model's mask is about, as many as that mask has: theirs is another, or none."""
+"""Towers that see other tokens than the model's mask is about, as many as it has: theirs is another, or none."""
 
 import pytest
 import torch
@@ -40,9 +40,7 @@ def randn(*shape):
 
 def lxmert():
     layers = {"l_layers": 1, "x_layers": 1, "r_layers": 1}
-    return LxmertModel(
-        LxmertConfig(**SIZE, **NO_DROPOUT, **layers, visual_feat_dim=8, initializer_range=INIT_RANGE)
-    )
+    return LxmertModel(LxmertConfig(**SIZE, **NO_DROPOUT, **layers, visual_feat_dim=8, initializer_range=INIT_RANGE))
 
 
 def perceiver():
@@ -116,8 +114,10 @@ CASES = {
     "idefics": (
         idefics,
         r"vision_model.*mlp\.fc2|layers\.\d+\.mlp\.down_proj",
-        lambda count: words(count)
-        | {"pixel_values": randn(1, 1, 3, 8, 8), "image_attention_mask": torch.ones(1, count, 1, dtype=torch.long)},
+        lambda count: (
+            words(count)
+            | {"pixel_values": randn(1, 1, 3, 8, 8), "image_attention_mask": torch.ones(1, count, 1, dtype=torch.long)}
+        ),
         lambda output: (output.image_hidden_states, output.last_hidden_state[:, :SEEN]),
     ),
 }

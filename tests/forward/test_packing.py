@@ -209,5 +209,5 @@ def test_packed_sequences_behind_a_cache_are_refused():
     with pytest.raises(ValueError, match="packed in a row, and given a cache"):
         model(**given, cu_seq_lens_q=torch.tensor([0, 2, 5], dtype=torch.int32))
     sequences = torch.tensor([[0, 0, 1, 1, 1]])
-    with pytest.raises(ValueError, match="packed in a row, and given a cache"), describe_tokens(sequence_ids=sequences):
+    with pytest.raises(ValueError, match="packed in a row"), describe_tokens(sequence_ids=sequences):
         model(**given)
