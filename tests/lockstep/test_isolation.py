@@ -85,8 +85,12 @@ def test_a_tower_that_goes_on_while_it_is_unwound_does_not_meet_again():
     assert not seen
 
 
-def test_modes_stay_with_their_tower():
-    """A tower that holds no_grad or autocast open across its blocks doesn't share it with others or the exchange."""
+@pytest.mark.parametrize("order", ["abc", "acb", "bac"])
+def test_modes_stay_with_their_tower(order):
+    """A tower that holds no_grad or autocast open across its blocks doesn't share it with others or the exchange.
+
+    Wherever it stands: the exchange runs after the last one has stopped.
+    """
     seen = {}
 
     def note(name):
@@ -111,7 +115,8 @@ def test_modes_stay_with_their_tower():
         return given
 
     before = torch.get_autocast_dtype("cpu")
-    run_in_lockstep({"a": plain("a"), "b": without_gradients, "c": plain("c")}, exchange)
+    towers = {"a": plain("a"), "b": without_gradients, "c": plain("c")}
+    run_in_lockstep({name: towers[name] for name in order}, exchange)
     assert seen["a"] == seen["c"] == [(True, False)] * 3
     assert seen["b"] == [(False, True)] * 3
     assert seen["exchange"] == [(True, False)] * 2

@@ -23,6 +23,7 @@ from torch import nn
 from trimodal_families import tower
 
 from peft_read import LsttaConfig, LsttaModel
+from peft_read.lstta.adapter import LsttaAdapter
 
 
 OTHER_INPUTS = batch_of(seed=1)
@@ -207,3 +208,15 @@ def test_injection_without_a_peft_model():
 def test_public_names():
     """The tuner is registered under its type."""
     assert isinstance(adapted(strong=False).base_model, LsttaModel)
+
+
+@pytest.mark.parametrize(("act_fn", "function"), [("gelu", nn.functional.gelu), ("relu", nn.functional.relu)])
+def test_the_activation_of_the_bottleneck(act_fn, function):
+    """Between the way down and the projections, written out."""
+    torch.manual_seed(0)
+    adapter = LsttaAdapter(8, LsttaConfig(r=4, num_heads=2, act_fn=act_fn), judges_frames=False)
+    hidden = torch.randn(2, 3, 8)
+    down = nn.functional.layer_norm(hidden, (8,), adapter.normalizer.weight, adapter.normalizer.bias)
+    down = down @ adapter.downward.weight.T + adapter.downward.bias
+    expected = function(down) @ adapter.projections.weight.T + adapter.projections.bias
+    torch.testing.assert_close(adapter.project(hidden), expected)
