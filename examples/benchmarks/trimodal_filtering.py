@@ -41,6 +41,7 @@ FRAMES, BATCH, STEPS = 64, 8, 300
 SIZES = {"train": 800, "validation": 200, "test": 400}
 RATES = (1e-3, 3e-3)
 IRRELEVANT = (0, 50, 75, 90)
+INPUTS = {"vision": "frame_features", "audio": "input_features", "text": "inputs_embeds"}
 SOUNDS = (clips.LOW, clips.HIGH, clips.NOISE, clips.SILENCE)
 # By method: how frames are pooled, and LSTTA's filter, None for none.
 METHODS: dict[str, tuple[str, str | None]] = {
@@ -140,7 +141,7 @@ class Features:
         return batch
 
 
-def model_of(method: str, sizes: dict[str, int], window: int) -> nn.Module:
+def model_of(method: str, sizes: dict[str, int], window: int, modality_dropout: float = 0.0) -> nn.Module:
     """A new model."""
     pooling, form = METHODS[method]
     cls = WithAttentionPooling if pooling == "attention" else TrimodalForSequenceClassification
@@ -149,6 +150,7 @@ def model_of(method: str, sizes: dict[str, int], window: int) -> nn.Module:
         projection_dim=64,
         num_labels=10,
         pooling="importance" if pooling == "importance" else "mean",
+        modality_dropout=modality_dropout,
     )
     options = {"frame_filter": False} if form is None else {"filter_form": form}
     return get_peft_model(
@@ -177,28 +179,38 @@ def accuracy(model: nn.Module, data: dict[str, Tensor]) -> float:
 def run(
     method: str, data: dict[str, dict[str, Tensor]], rate: float, seed: int, steps: int, window: int
 ) -> dict[str, Any]:
-    """Train and score one model; with a filter, how much more relevant frames count is in `importance`."""
+    """Train and score one model; with a filter, the mean importance of frames at each level is in `importance`."""
     set_seed(seed)
-    names = {"vision": "frame_features", "audio": "input_features", "text": "inputs_embeds"}
-    model = model_of(method, {m: data["train"][name].shape[-1] for m, name in names.items()}, window)
+    model = model_of(method, sizes_of(data["train"]), window)
+    started = time.process_time()
+    weights = train(model, data["train"], rate, steps)
+    result: dict[str, Any] = {"weights": weights, "seconds": time.process_time() - started}
+    result |= {split: accuracy(model, data[split]) for split in ("validation", "test")}
+    if METHODS[method][1] is not None:
+        levels = model.get_frame_importance()
+        result["importance"] = [float(each.mean()) for each in levels]
+    return result
+
+
+def sizes_of(data: dict[str, Tensor]) -> dict[str, int]:
+    """By modality, the size of its features."""
+    return {modality: data[name].shape[-1] for modality, name in INPUTS.items()}
+
+
+def train(model: nn.Module, data: dict[str, Tensor], rate: float, steps: int) -> int:
+    """Train a model; the number of its trained weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    started = time.process_time()
     model.train()
-    for batch in batches(data["train"], steps):
+    for batch in batches(data, steps):
         loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    result = {"weights": sum(p.numel() for p in trained), "seconds": time.process_time() - started}
-    result |= {split: accuracy(model, data[split]) for split in ("validation", "test")}
-    if METHODS[method][1] is not None:
-        levels = model.get_frame_importance()
-        result["importance"] = [float(each.mean()) for each in levels]
-    return result
+    return sum(p.numel() for p in trained)
 
 
 def main() -> None:
