@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import av
 from common.annotations import is_span, read_entries
 
 
@@ -29,15 +29,9 @@ class Annotation:
     answers: tuple[tuple[float, float, str], ...]
     line: str
 
-    def of_frames(self, frames: int, seconds: float) -> list[str | None]:
-        """The answer at each of the frames in the middle of equal parts of the clip, None where there is none.
-
-        Args:
-            frames: number of frames.
-            seconds: length of the clip.
-        """
-        times = [(frame + 0.5) * seconds / frames for frame in range(frames)]
-        return [next((answer for start, end, answer in self.answers if start <= time < end), None) for time in times]
+    def at(self, seconds: Sequence[float]) -> list[str | None]:
+        """The answer at each of these seconds, None where there is none."""
+        return [next((answer for start, end, answer in self.answers if start <= time < end), None) for time in seconds]
 
 
 def read_annotations(folder: Path) -> list[Annotation]:
@@ -85,23 +79,3 @@ def _is_answer(value: Any) -> bool:
         and isinstance(value[2], str)
         and bool(value[2])
     )
-
-
-def length_of(video: Path) -> float:
-    """Length of a video's pictures in seconds.
-
-    Raises:
-        ValueError: if the file can't be read as a video, or doesn't say its length.
-    """
-    try:
-        with av.open(str(video)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{video} has no video stream.")
-            stream = container.streams.video[0]
-            if stream.duration is not None:
-                return float(stream.duration * stream.time_base)
-            if container.duration is not None:
-                return container.duration / av.time_base
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{video} can't be read as a video: {error}.") from error
-    raise ValueError(f"{video} doesn't say how long it is: store it as mp4.")

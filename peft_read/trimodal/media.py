@@ -175,7 +175,7 @@ def _decode_all(source: Source, wanted: int, rate: float) -> Frames:
 
 
 def upright(frame: Any) -> NDArray[np.uint8]:
-    """A decoded frame as it is to be shown, `(height, width, 3)`: turned, and with square pixels."""
+    """A decoded frame as it is to be shown, `(height, width, 3)`: turned."""
     image: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
