@@ -2,9 +2,9 @@
 
     python examples/benchmarks/trimodal_missing.py
 
-The clips of `trimodal_filtering.py` of which all frames matter: the answer is seen in the pictures, and neither sound
-nor question are needed for it. A model that never missed one in training needn't know that. Mean test accuracy and
-standard deviation over seeds.
+The clips of `trimodal_filtering.py` of which half of the frames matter: sound and question tell which ones, but the
+answer is also the digit that is seen most often. A model that never missed one in training needn't know that. Mean
+test accuracy and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from trimodal_filtering import INPUTS, SIZES, Features, accuracy, make_towers, m
 
 
 DROPOUTS = (0.0, 0.3)
+IRRELEVANT = 50  # per cent of the frames
 MISSING = {"nothing": (), "sound": ("audio",), "the question": ("text",), "sound and question": ("audio", "text")}
 
 
@@ -47,8 +48,8 @@ def main() -> None:
     features = {split: Features(*make_towers(args.cache), split) for split in ("train", "test")}
     scores: dict[tuple[float, str], list[float]] = {}
     for seed, dropout in tqdm([(seed, dropout) for seed in range(args.seeds) for dropout in DROPOUTS], desc="runs"):
-        training = features["train"].make(SIZES["train"], 0, 10 * seed)
-        test = features["test"].make(SIZES["test"], 0, 10 * seed + 2)
+        training = features["train"].make(SIZES["train"], IRRELEVANT, 10 * seed)
+        test = features["test"].make(SIZES["test"], IRRELEVANT, 10 * seed + 2)
         set_seed(seed)
         model = model_of("mean, gate", sizes_of(training), window=8, modality_dropout=dropout)
         train(model, training, args.rate, args.steps)
