@@ -29,10 +29,12 @@ from .trimodal.configuration import TrimodalConfig  # noqa: E402
 from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
 from .trimodal.modeling import TrimodalModel  # noqa: E402
 from .trimodal.processing import TrimodalProcessor  # noqa: E402
+from .tuners.loading import install as install_loading  # noqa: E402
 
 
 register(ReadConfig, ReadModel)
 register(LsttaConfig, LsttaModel)
+install_loading()
 install_cards()
 
 __version__ = "0.1.0"
