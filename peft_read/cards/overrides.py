@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
+from ..tuners.inner import inner_adapters, save_inner_adapters
 from .page import Page
 from .training import facts_of_trainer
 from .writing import CARD, is_ours, keep_facts, remote_card, write_card, write_card_to_push
@@ -73,12 +74,16 @@ def _override(owner: type, name: str, ours: Call) -> None:
 
 def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> None:
     """Save, and then write the card: there are files to tell of, and no fault in it keeps them from being saved."""
+    inner = inner_adapters(model)
+    for config in model.peft_config.values():
+        config.inner_adapters = inner
     setattr(model, SAVING, True)
     try:
         save()
     finally:
         delattr(model, SAVING)
     if given["is_main_process"]:
+        save_inner_adapters(model, Path(given["save_directory"]), given["kwargs"].get("state_dict"))
         write_card(model, Path(given["save_directory"]))
 
 

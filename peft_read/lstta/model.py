@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -79,6 +80,13 @@ class LsttaModel(AdapterTuner):
         """Write down which blocks there are, so that the saved configuration names them."""
         _, composite = find_composite(self.model)
         towers = towers_of(composite)
+        for modality, tower in towers.items():
+            if isinstance(tower, PeftModel):
+                raise ValueError(
+                    f"The {modality} tower is a PeftModel, whose arguments can't be told and which isn't saved with "
+                    f"LSTTA. Put its adapter into the tower itself: `inject_adapter_in_model(config, "
+                    f"model.{modality}_model)`."
+                )
         given = peft_config.layers or {}
         for modality in given:
             if modality not in towers:

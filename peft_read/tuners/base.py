@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper, TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from .checks import shown
+from .checks import check_adapter_name
 from .config import AdapterConfig
 from .fitting import check_fit
 from .offloading import bring_trained_modules, check_can_hold_adapters, execution_device
@@ -135,6 +134,17 @@ class AdapterTuner(BaseTuner):
         getter = self.model.get_output_embeddings
         return _nothing if _is_fsdp() and not embeddings_are_a_unit(self.model) else getter
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
+        there = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+        if there is not None and there.peft_type != config.peft_type:  # PEFT would put one in the other's place
+            raise ValueError(
+                f"A {type(model).__name__} has an adapter {adapter_name!r} of {there.peft_type.value} already. To "
+                "have both, inject that one into the part of the model that it adapts: "
+                "`inject_adapter_in_model(config, model.text_model)`, say."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     @property
     def _method(self) -> str:
         return self.prefix.removesuffix("_").upper()
@@ -145,7 +155,7 @@ class AdapterTuner(BaseTuner):
         PEFT's hooks before and after an injection are none: they run for a tuner's first adapter only.
         """
         config: Any = self.peft_config[adapter_name]
-        self._check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name)
         with undone_on_failure(model):
             check_matching(config, (name for name, _ in model.named_modules()))
             self._check_tokens(model, config)
@@ -158,14 +168,6 @@ class AdapterTuner(BaseTuner):
 
     def _after_injection(self, model: nn.Module) -> None:
         """What a method does once its layers are in the model."""
-
-    def _check_adapter_name(self, name: str) -> None:
-        """Refuse names that can't be a folder's: an adapter is saved in a folder of its name."""
-        if not name or re.search(r"[/\\.\x00-\x1f]|^[A-Za-z]:", name):
-            raise ValueError(
-                f"An adapter can't be named {shown(name)}: it is saved in a folder of that name, and torch names its "
-                "weights by it. Choose a name without slashes, dots and control characters."
-            )
 
     @staticmethod
     def _check_tokens(model: nn.Module, config: AdapterConfig) -> None:

@@ -112,6 +112,26 @@ def check_indices(name: str, value: object) -> None:
             raise ValueError(f"`{name}` must hold indices of at most {GREATEST_INT}, got {shown(each)}.")
 
 
+def check_adapter_name(name: str) -> None:
+    """Raise a ValueError if an adapter can't be saved in a folder of its name."""
+    if not isinstance(name, str) or not name or re.search(r"[/\\.\x00-\x1f]|^[A-Za-z]:", name):
+        raise ValueError(
+            f"An adapter can't be named {shown(name)}: it is saved in a folder of that name, and torch names its "
+            "weights by it. Choose a name without slashes, dots and control characters."
+        )
+
+
+def check_inner_adapters(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is a dict of lists of names of adapters, by names of modules."""
+    if not isinstance(value, dict) or not all(isinstance(names, list) for names in value.values()):
+        raise ValueError(f"`{name}` must be a dict of lists of adapters by part of the model, got {shown(value)}.")
+    for part, names in value.items():
+        if not isinstance(part, str) or not is_name_of_module(part):
+            raise ValueError(f"`{name}` must go by names of modules, got {shown(part)}.")
+        for each in names:
+            check_adapter_name(each)
+
+
 def is_name_of_module(name: str) -> bool:
     """Whether a name consists of letters, digits, underscores, dots and hyphens, as those of modules do."""
     return re.fullmatch(r"[\w.-]+", name) is not None

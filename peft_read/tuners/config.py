@@ -10,6 +10,7 @@ from .checks import (
     check_activation,
     check_bool,
     check_dropout,
+    check_inner_adapters,
     check_names,
     check_scale,
     check_token_indices,
@@ -35,6 +36,10 @@ class AdapterConfig(PeftConfig):
         default=False, metadata={"help": "Keep tied what is tied to input embeddings that are trained."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Start as the base model."})
+    inner_adapters: dict[str, list[str]] | None = field(
+        default=None,
+        metadata={"help": "By part of the model, adapters of its own that were saved beside. Set when saving."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,5 +57,7 @@ class AdapterConfig(PeftConfig):
             wrong = [name for name in self.modules_to_save if not is_name_of_module(name)]
             if wrong:  # PEFT puts them into regular expressions
                 raise ValueError(f"`modules_to_save` must be a list of names of modules, got {shown(wrong[0])} in it.")
+        if self.inner_adapters is not None:
+            check_inner_adapters("inner_adapters", self.inner_adapters)
         if self.trainable_token_indices is not None:
             check_token_indices("trainable_token_indices", self.trainable_token_indices)

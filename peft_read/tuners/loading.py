@@ -7,10 +7,12 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
+from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .base import AdapterLayer
+from .inner import load_inner_adapters
 from .offloading import as_it_is_dispatched
 from .overrides import override
 from .undo import undone_on_failure
@@ -38,16 +40,31 @@ def is_ours(config: object) -> bool:
 
 def _from_pretrained(load: Callable[[], PeftModel], arguments: dict[str, Any]) -> PeftModel:
     """Load into a base model, which is as it was if the adapter is refused."""
-    with undone_on_failure(arguments["model"]), as_it_is_dispatched(arguments["model"]):
+    base = arguments["model"]
+    with undone_on_failure(base), as_it_is_dispatched(base):
+        _load_inner(base, arguments)
         return load()
 
 
+def _load_inner(base: nn.Module, arguments: dict[str, Any]) -> None:
+    """Load the adapters that were saved inside of the model."""
+    download = {name: value for name, value in arguments["kwargs"].items() if name in DOWNLOAD and value is not None}
+    config = arguments.get("config") or PeftConfig.from_pretrained(arguments["model_id"], **download)
+    if config.inner_adapters:
+        is_trainable = arguments["is_trainable"]
+        load_inner_adapters(base, arguments["model_id"], config.inner_adapters, download, is_trainable)
+
+
 def _load_adapter(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
-    """Load one more adapter, or an adapter's weights anew."""
+    """Load one more adapter, or an adapter's weights anew, as a Trainer does that resumes."""
     model: PeftModel = arguments["self"]
+    is_loaded_anew = arguments["adapter_name"] in model.peft_config
     try:
         with undone_on_failure(model), as_it_is_dispatched(model.get_base_model()):
-            return load()
+            found = load()
+            if is_loaded_anew:
+                _load_inner(model.get_base_model(), arguments)
+            return found
     except KeyError as error:  # PEFT looks up the weights of `modules_to_save` by their keys
         raise ValueError(
             f"The weights don't fit adapter {arguments['adapter_name']!r}, so nothing was loaded:\n  missing: "

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from generators import CACHE, DECODER, assert_same, difference, generate, generator, prompt, text_prompt
+from generators import CACHE, DECODER, assert_same, generate, generator, prompt, text_prompt
 from helpers import ADD_ADAPTER, adapter_parameters, strengthen
 from peft import get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM

@@ -1,6 +1,6 @@
 """One of two processes that train with DeepSpeed on CPUs, as `accelerate launch --config_file zero3.yaml` starts them.
 
-    DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 tests/support/zero.py zero3 FOLDER
+DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 tests/support/zero.py zero3 FOLDER
 """
 
 import os

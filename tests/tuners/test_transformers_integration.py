@@ -1,7 +1,5 @@
 """transformers' own adapter methods, which know no `PeftModel`: nothing that the layers need may live on one."""
 
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,13 +168,6 @@ def spoil(folder, change):
 UPWARD = "encoder.layer.0.output.dense.read_upward"
 
 
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """What transformers logs, which keeps its messages from other handlers otherwise."""
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    return caplog
-
-
 def key_of(tensors):
     return next(key for key in tensors if UPWARD in key and key.endswith("weight"))
 
@@ -185,7 +176,10 @@ def key_of(tensors):
     ("fault", "message"),
     [
         (lambda tensors: tensors.pop(key_of(tensors)), r"missing: .*read_upward"),
-        (lambda t: t.update({key_of(t).replace("upward", "sideward"): torch.zeros(1)}), r"unexpected: .*read_sideward"),
+        (
+            lambda t: t.update({key_of(t).replace("upward", "sideward"): torch.zeros(1)}),
+            r"unexpected: .*read_sideward",
+        ),
         (lambda tensors: tensors.update({key_of(tensors): torch.zeros(2, 2)}), r"wrong shape: .*read_upward"),
     ],
     ids=["missing", "unexpected", "shape"],
