@@ -12,12 +12,13 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
+from ..tuners.config import AdapterConfig
 from ..tuners.inner import inner_adapters, save_inner_adapters
 from .page import Page
 from .training import facts_of_trainer
@@ -75,7 +76,7 @@ def _override(owner: type, name: str, ours: Call) -> None:
 def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> None:
     """Save, and then write the card: there are files to tell of, and no fault in it keeps them from being saved."""
     inner = inner_adapters(model)
-    for config in model.peft_config.values():
+    for config in cast(dict[str, AdapterConfig], model.peft_config).values():
         config.inner_adapters = inner
     setattr(model, SAVING, True)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.utils.generic import can_return_tuple
 
 from .configuration import TrimodalConfig
@@ -106,3 +106,4 @@ class TrimodalForFrameClassification(TrimodalModel):
 
 
 AutoModelForSequenceClassification.register(TrimodalConfig, TrimodalForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(TrimodalConfig, TrimodalForFrameClassification, exist_ok=True)

@@ -11,13 +11,14 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from peft import LoraModel, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, TaskType
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from .checks import check_adapter_name
 from .config import AdapterConfig
 from .fitting import check_fit
+from .mixed import mixed_rows
 from .offloading import bring_trained_modules, check_can_hold_adapters, execution_device
 from .patterns import check_matching
 from .sharding import blocks_to_shard, embeddings_are_a_unit
@@ -358,8 +359,15 @@ class AdapterTuner(BaseTuner):
             more = for_layers if isinstance(module, self.tuner_layer_cls) else {}
             return args, kwargs | {"adapter_names": adapter_names} | more
 
+        def take_rows(module: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+            if output is None or threading.get_ident() != thread:
+                return None
+            return mixed_rows(module, adapter_names, args, kwargs, output)
+
         handles = [
-            module.register_forward_pre_hook(pass_names, with_kwargs=True)
+            module.register_forward_hook(take_rows, with_kwargs=True)
+            if isinstance(module, ModulesToSaveWrapper)
+            else module.register_forward_pre_hook(pass_names, with_kwargs=True)
             for module in self.modules()
             if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
         ]

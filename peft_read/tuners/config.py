@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
@@ -17,6 +18,14 @@ from .checks import (
     is_name_of_module,
     shown,
 )
+
+
+# Of models of this package: by which class of transformers `AutoPeftModel` finds them, which imports no other library.
+AUTO_CLASSES = {
+    "TrimodalModel": "AutoModel",
+    "TrimodalForSequenceClassification": "AutoModelForSequenceClassification",
+    "TrimodalForFrameClassification": "AutoModelForTokenClassification",
+}
 
 
 @dataclass
@@ -40,6 +49,14 @@ class AdapterConfig(PeftConfig):
         default=None,
         metadata={"help": "By part of the model, adapters of its own that were saved beside. Set when saving."},
     )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's saving, with the base model's class as `AutoPeftModel` can load it."""
+        mapping = kwargs.get("auto_mapping_dict") or {}
+        if str(mapping.get("parent_library")).startswith(f"{__package__.partition('.')[0]}."):
+            auto_class = AUTO_CLASSES.get(mapping["base_model_class"], "AutoModel")
+            kwargs["auto_mapping_dict"] = {"base_model_class": auto_class, "parent_library": "transformers"}
+        super().save_pretrained(save_directory, **kwargs)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,9 +39,8 @@ def found(folder):
     for stage in STAGES:
         port = str(devices.free_port())
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-        done = subprocess.run(
-            [*start, str(SCRIPT), stage, str(folder)], env=environment, capture_output=True, text=True
-        )
+        command = [*start, str(SCRIPT), stage, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {
         (stage, name, rank): torch.load(folder / f"{name}-{stage}-{rank}.pt", weights_only=False)
