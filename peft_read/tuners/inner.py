@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from .fitting import PEFT_PREFIX
 
 
-FOLDER = "inner"
 HOW = (
     "Put it into the part of the model that it adapts, before the model is adapted as a whole: "
     "`inject_adapter_in_model(config, model.text_model)`, say."
 )
+
+
+def folder_of(part: str, name: str) -> str:
+    """Where an adapter inside of a part is saved: transformers' `push_to_hub` takes no folders within folders."""
+    return f"inner.{part}.{name}"
 
 
 def check_inner_adapters(model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
@@ -80,7 +84,7 @@ def inner_adapters(model: PeftModel) -> dict[str, list[str]] | None:
 
 
 def save_inner_adapters(model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
-    """Save the adapters inside of a model, each part's in `inner/` and its name."""
+    """Save the adapters inside of a model, each in a folder of its own beside the model's."""
     base = model.get_base_model()
     for part, module in _parts(base):
         given = None
@@ -88,7 +92,7 @@ def save_inner_adapters(model: PeftModel, folder: Path, state_dict: Mapping[str,
             front = f"{PEFT_PREFIX}{part}."
             given = {key.removeprefix(front): value for key, value in state_dict.items() if key.startswith(front)}
         for name, config in module.peft_config.items():
-            place = folder / FOLDER / part / name
+            place = folder / folder_of(part, name)
             place.mkdir(parents=True, exist_ok=True)
             weights = _weights(module, name, given)
             save_file(
@@ -121,7 +125,7 @@ def load_inner_adapters(
         except AttributeError:
             raise ValueError(f"The adapter was saved with others in {part}, which this base model hasn't.") from None
         for name in names:
-            subfolder = "/".join(filter(None, [above, FOLDER, part, name]))
+            subfolder = "/".join(filter(None, [above, folder_of(part, name)]))
             config = PeftConfig.from_pretrained(source, subfolder=subfolder, **download)
             weights = load_peft_weights(source, device="cpu", subfolder=subfolder, **download)
             if name not in getattr(module, "peft_config", {}):

@@ -210,7 +210,7 @@ def test_two_methods_under_one_name_are_refused():
 def test_inner_weights_that_do_not_fit_are_refused(spoil, message, tmp_path):
     """LoRA's as strictly as READ's, and the base stays as it was."""
     adapted("lora").save_pretrained(tmp_path)
-    path = tmp_path / "inner" / "text_model" / "default" / WEIGHTS
+    path = tmp_path / "inner.text_model.default" / WEIGHTS
     tensors = load_file(path)
     spoil(tensors)
     save_file(tensors, path)
