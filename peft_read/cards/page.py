@@ -162,9 +162,7 @@ def fingerprint(value: Any) -> str:
 
 def open_fence(text: str) -> str:
     """The fence of a code block that isn't closed at the end of a text, empty if there is none."""
-    fence = ""
-    for _, fence in _lines(text):
-        pass
+    *_, (_, fence) = _lines(text)
     return fence
 
 
