@@ -20,9 +20,17 @@ from transformers.trainer_utils import HubStrategy
 
 from ..tuners.config import AdapterConfig
 from ..tuners.inner import inner_adapters, save_inner_adapters
-from .page import Page
+from .page import Page, UnreadableCardError
 from .training import facts_of_trainer
-from .writing import CARD, is_ours, keep_facts, remote_card, write_card, write_card_to_push
+from .writing import (
+    CARD,
+    is_ours,
+    keep_facts,
+    remote_card,
+    write_card,
+    write_card_if_readable,
+    write_card_to_push,
+)
 
 
 Call = Callable[..., Any]
@@ -85,7 +93,7 @@ def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> Non
         delattr(model, SAVING)
     if given["is_main_process"]:
         save_inner_adapters(model, Path(given["save_directory"]), given["kwargs"].get("state_dict"))
-        write_card(model, Path(given["save_directory"]))
+        write_card_if_readable(model, Path(given["save_directory"]))
 
 
 def _create_or_update_model_card(_: Call, model: PeftModel, given: dict[str, Any]) -> None:
@@ -98,9 +106,13 @@ def _upload_modified_files(upload: Call, model: PeftModel, given: dict[str, Any]
     folder, repo_id = Path(given["working_dir"]), given["repo_id"]
     theirs = Page.read(folder / CARD)
     tags = theirs.parts.get("tags", []) if theirs else []  # those asked for with this push stand only there
-    write_card_to_push(
-        model, folder, repo_id, remote=remote_card(repo_id, given["revision"], given["token"]), tags=tags
-    )
+    try:
+        remote = remote_card(repo_id, given["revision"], given["token"])
+    except UnreadableCardError as error:
+        (folder / CARD).unlink(missing_ok=True)  # so that the one on the Hub stays
+        warnings.warn(f"The adapter is pushed, its card isn't. {error}", stacklevel=2)
+        return upload()
+    write_card_to_push(model, folder, repo_id, remote=remote, tags=tags)
     return upload()
 
 

@@ -21,8 +21,13 @@ OPENING = "#"  # the key of what stands before the first section
 RECORD, END = "<!-- peft_read, to tell what you change: ", " -->"
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 SYNCED = "*"  # the key of the whole page in the record
-LARGEST, LARGEST_METADATA = 10_000_000, 200_000  # characters
+LARGEST, LARGEST_METADATA, DEEPEST_METADATA = 2_000_000, 50_000, 50  # characters, and lists within lists
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
 UNREADABLE = (ValueError, OSError, RecursionError, yaml.YAMLError)
+
+
+class UnreadableCardError(ValueError):
+    """A card that can't be read, and so neither renewed nor written over."""
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Page:
             name: what to call it in an error; by default its path.
 
         Raises:
-            ValueError: if it is no file of its own, or can't be read.
+            UnreadableCardError: if it is no file of its own, or can't be read.
         """
         try:
             if name is None and path.is_symlink():
@@ -73,7 +78,7 @@ class Page:
                 raise ValueError(f"it has more than {LARGEST:,} bytes")
             return cls.parse(path.read_text(encoding="utf-8-sig"))
         except UNREADABLE as error:
-            raise ValueError(
+            raise UnreadableCardError(
                 f"The card {name or path} can't be read, so it isn't renewed: {str(error)[:300]}\n"
                 "Mend it (its metadata stand between two lines `---` at the top), or take it away."
             ) from error
@@ -138,7 +143,9 @@ class Page:
         sections = [value for key, value in self.parts.items() if key.startswith("#")]
         header = self.header
         if not header or _metadata(header) != fields:
-            header = f"---\n{CardData(**fields).to_yaml()}\n---\n"
+            data = CardData()
+            data.__dict__.update(fields)  # also one that is called as an argument of `CardData` is
+            header = f"---\n{data.to_yaml()}\n---\n"
         return "\n\n".join([header.rstrip(), *sections, f"{RECORD}{json.dumps(self.record)}{END}"]) + "\n"
 
 
@@ -194,10 +201,16 @@ def _metadata(header: str) -> dict[str, Any]:
     block = header.strip().removeprefix("---").removesuffix("---")
     if len(block) > LARGEST_METADATA:
         raise ValueError(f"its metadata have more than {LARGEST_METADATA:,} characters")
-    # A few lines of aliases of aliases stand for more than a memory holds.
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block, Loader=yaml.SafeLoader)):
-        raise ValueError("its metadata refer to each other (`*name`), which isn't followed")
-    fields = yaml.safe_load(block) or {}
+    depth = 0
+    for event in yaml.parse(block, Loader=LOADER):
+        # A few lines of aliases of aliases stand for more than a memory holds.
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("its metadata refer to each other (`*name`), which isn't followed")
+        # PyYAML's time grows with the square of the depth.
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_METADATA:
+            raise ValueError(f"its metadata have lists within lists more than {DEEPEST_METADATA} deep")
+    fields = yaml.load(block, Loader=LOADER) or {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) and key for key in fields):
         raise ValueError("its metadata aren't fields with names")
     if any(key.startswith("#") for key in fields):
@@ -206,15 +219,18 @@ def _metadata(header: str) -> dict[str, Any]:
 
 
 def _without_record(text: str) -> tuple[str, dict[str, str]]:
-    """A text without the records in it, and what the first of them says."""
-    pieces, records, place = [], [], 0
-    while (start := text.find(RECORD, place)) >= 0 and (end := text.find(END, start)) >= 0:
-        pieces.append(text[place:start].rstrip())
-        records.append(text[start + len(RECORD) : end])
-        place = end + len(END)
+    """A text without the records in it, and what the last of them says."""
+    pieces, records, place, after = [], [], 0, 0
+    while (end := text.find(END, after)) >= 0:
+        start = text.rfind(RECORD, after, end)
+        after = end + len(END)
+        if start >= 0 and "\n" not in text[start:end]:
+            pieces.append(text[place:start].rstrip())
+            records.append(text[start + len(RECORD) : end])
+            place = after
     pieces.append(text[place:])
     try:
-        record = json.loads(records[0]) if records else {}
+        record = json.loads(records[-1]) if records else {}
     except (ValueError, RecursionError):  # somebody's edit: then all that is there is theirs
         record = {}
     valid = isinstance(record, dict) and all(isinstance(value, str) for value in record.values())
