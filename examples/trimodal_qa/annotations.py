@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import av
-from common.annotations import is_span, read_entries
+from common.annotations import is_span, opened, read_entries, video_stream
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def answers_of(annotations: list[Annotation]) -> list[str]:
 def _annotation(entry: dict[str, Any], folder: Path, line: str) -> Annotation:
     answers = entry.get("answers")
     if not isinstance(answers, list) or not all(map(_is_answer, answers)):
-        raise ValueError(f"{line}: `answers` must be a list of [start, end, answer], start < end, got {answers!r}.")
+        raise ValueError(
+            f"{line}: `answers` must be a list of [start, end, answer], start < end, got {reprlib.repr(answers)}."
+        )
     ordered = sorted((float(start), float(end), answer) for start, end, answer in answers)
     for (_, end, _), (start, _, _) in pairwise(ordered):
         if start < end:
@@ -93,15 +96,10 @@ def length_of(video: Path) -> float:
     Raises:
         ValueError: if the file can't be read as a video, or doesn't say its length.
     """
-    try:
-        with av.open(str(video)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{video} has no video stream.")
-            stream = container.streams.video[0]
-            if stream.duration is not None:
-                return float(stream.duration * stream.time_base)
-            if container.duration is not None:
-                return container.duration / av.time_base
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{video} can't be read as a video: {error}.") from error
+    with opened(video) as container:
+        stream = video_stream(container, video)
+        if stream.duration is not None:
+            return float(stream.duration * stream.time_base)
+        if container.duration is not None:
+            return float(container.duration / av.time_base)
     raise ValueError(f"{video} doesn't say how long it is: store it as mp4.")
