@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -31,15 +33,16 @@ def read_frames(path: Path, wanted: int) -> NDArray[np.uint8]:
 
     Raises:
         ImportError: if PyAV isn't installed.
-        ValueError: if the file has no picture.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file has no picture or can't be decoded; the message names it.
     """
-    with _av().open(os.fspath(path)) as container:
+    with _opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path} has no video track.")
         stream = container.streams.video[0]
         # What the file says of itself may be missing or wrong: count its packets.
         count = sum(packet.size > 0 for packet in container.demux(stream))
-    with _av().open(os.fspath(path)) as container:
+    with _opened(path) as container:
         places = set(even_places(count, wanted).tolist())
         decoded = enumerate(container.decode(video=0))
         frames = [frame.to_ndarray(format="rgb24") for place, frame in decoded if place in places]
@@ -60,8 +63,10 @@ def read_sound(path: Path, rate: int) -> NDArray[np.float32] | None:
 
     Raises:
         ImportError: if PyAV isn't installed.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file can't be decoded; the message names it.
     """
-    with _av().open(os.fspath(path)) as container:
+    with _opened(path) as container:
         if not container.streams.audio:
             return None
         return _resampled(container.decode(audio=0), rate)
@@ -95,6 +100,19 @@ def _resampled(frames: Any, rate: int) -> NDArray[np.float32]:
     for frame in [*frames, None]:  # None gets what the resampler still holds
         parts.extend(part.to_ndarray()[0] for part in resampler.resample(frame))
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A media file, opened; whatever is wrong with it names it."""
+    av = _av()
+    try:
+        with av.open(os.fspath(path), metadata_errors="ignore") as container:
+            yield container
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {os.fspath(path)}.") from None
+    except (av.error.FFmpegError, OverflowError, ZeroDivisionError, MemoryError) as error:
+        raise ValueError(f"{os.fspath(path)} can't be read as a media file: {error}.") from error
 
 
 def _av() -> ModuleType:
