@@ -104,14 +104,14 @@ def _create_or_update_model_card(_: Call, model: PeftModel, given: dict[str, Any
 def _upload_modified_files(upload: Call, model: PeftModel, given: dict[str, Any]) -> Any:
     """Upload a saved model, with our card in place of the one that transformers has just written over it."""
     folder, repo_id = Path(given["working_dir"]), given["repo_id"]
-    theirs = Page.read(folder / CARD)
-    tags = theirs.parts.get("tags", []) if theirs else []  # those asked for with this push stand only there
     try:
+        theirs = Page.read(folder / CARD, f"{CARD} of {repo_id} on the Hub")
         remote = remote_card(repo_id, given["revision"], given["token"])
     except UnreadableCardError as error:
         (folder / CARD).unlink(missing_ok=True)  # so that the one on the Hub stays
         warnings.warn(f"The adapter is pushed, its card isn't. {error}", stacklevel=2)
         return upload()
+    tags = theirs.parts.get("tags", []) if theirs else []  # those asked for with this push stand only there
     write_card_to_push(model, folder, repo_id, remote=remote, tags=tags)
     return upload()
 

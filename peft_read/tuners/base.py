@@ -136,15 +136,12 @@ class AdapterTuner(BaseTuner):
         return _nothing if _is_fsdp() and not embeddings_are_a_unit(self.model) else getter
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = peft_config if isinstance(peft_config, PeftConfig) else peft_config[adapter_name]
-        there = (getattr(model, "peft_config", None) or {}).get(adapter_name)
-        if there is not None and there.peft_type != config.peft_type:  # PEFT would put one in the other's place
-            raise ValueError(
-                f"A {type(model).__name__} has an adapter {adapter_name!r} of {there.peft_type.value} already. To "
-                "have both, inject that one into the part of the model that it adapts: "
-                "`inject_adapter_in_model(config, model.text_model)`, say."
-            )
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        ours = self.prefix.removesuffix("_").upper()
+        configs = getattr(model, "peft_config", None) or {}
+        # Names under which PEFT would put our configuration in the place of another method's.
+        self._taken = {name: c.peft_type.value for name, c in configs.items() if c.peft_type.value != ours}
+        with undone_on_failure(model):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @property
     def _method(self) -> str:
@@ -166,6 +163,13 @@ class AdapterTuner(BaseTuner):
                 self._freeze_base(model)
             bring_trained_modules(model, adapter_name)
             self._after_injection(model)
+            if adapter_name in self._taken:
+                method = self._taken[adapter_name]
+                raise ValueError(
+                    f"A {type(model).__name__} has an adapter {adapter_name!r} of {method} already. To have both, "
+                    "inject that one into the part of the model that it adapts: "
+                    "`inject_adapter_in_model(config, model.text_model)`, say."
+                )
 
     def _after_injection(self, model: nn.Module) -> None:
         """What a method does once its layers are in the model."""

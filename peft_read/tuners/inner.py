@@ -11,17 +11,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .fitting import PEFT_PREFIX
 
 
+# Not as PEFT names an adapter's: a Trainer that resumes would take the folder for one more adapter of the whole model.
+WEIGHTS = "inner_model.safetensors"
 HOW = (
     "Put it into the part of the model that it adapts, before the model is adapted as a whole: "
     "`inject_adapter_in_model(config, model.text_model)`, say."
@@ -97,7 +98,7 @@ def save_inner_adapters(model: PeftModel, folder: Path, state_dict: Mapping[str,
             weights = _weights(module, name, given)
             save_file(
                 {key: value.detach().contiguous() for key, value in weights.items()},
-                place / SAFETENSORS_WEIGHTS_NAME,
+                place / WEIGHTS,
                 metadata={"format": "pt"},
             )
             config.save_pretrained(str(place))
@@ -127,7 +128,10 @@ def load_inner_adapters(
         for name in names:
             subfolder = "/".join(filter(None, [above, folder_of(part, name)]))
             config = PeftConfig.from_pretrained(source, subfolder=subfolder, **download)
-            weights = load_peft_weights(source, device="cpu", subfolder=subfolder, **download)
+            path = Path(source, subfolder, WEIGHTS)
+            if not path.parent.is_dir():
+                path = Path(hf_hub_download(str(source), WEIGHTS, subfolder=subfolder, **download))
+            weights = load_file(path)
             if name not in getattr(module, "peft_config", {}):
                 config.inference_mode = not is_trainable
                 inject_adapter_in_model(config, module, name)

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViTC
 from peft_read import LsttaConfig, ReadConfig, TrimodalForSequenceClassification
 
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "inner_model.safetensors"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 EXACT = {"rtol": 0, "atol": 0}
 # PEFT's, about any model that holds adapters already.
