@@ -146,13 +146,13 @@ def _size(height: int, width: int) -> tuple[int, int]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A media file, opened; what is wrong with it is a ValueError that names it."""
+def opened(path: Path, what: str = "decoded") -> Iterator[Any]:
+    """A media file, opened; what is wrong with it is a ValueError that names it and `what` it can't be."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             yield container
     except (av.error.FFmpegError, OverflowError, ZeroDivisionError, MemoryError) as error:
-        raise ValueError(f"{path} can't be decoded as a video: {error}.") from error
+        raise ValueError(f"{path} can't be {what} as a video: {error}.") from error
 
 
 def video_stream(container: Any, path: Path) -> Any:

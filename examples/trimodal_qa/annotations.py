@@ -96,7 +96,7 @@ def length_of(video: Path) -> float:
     Raises:
         ValueError: if the file can't be read as a video, or doesn't say its length.
     """
-    with opened(video) as container:
+    with opened(video, "read") as container:
         stream = video_stream(container, video)
         if stream.duration is not None:
             return float(stream.duration * stream.time_base)

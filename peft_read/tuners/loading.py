@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType, inject_adapter_in_model, set_peft_model_state_dict
@@ -12,6 +13,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .base import AdapterLayer
+from .fitting import PEFT_PREFIX
 from .inner import load_inner_adapters
 from .offloading import as_it_is_dispatched
 from .overrides import override
@@ -59,15 +61,25 @@ def _load_adapter(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
     """Load one more adapter, or an adapter's weights anew, as a Trainer does that resumes."""
     model: PeftModel = arguments["self"]
     is_loaded_anew = arguments["adapter_name"] in model.peft_config
+    with (
+        _missing_keys_named(arguments["adapter_name"]),
+        undone_on_failure(model),
+        as_it_is_dispatched(model.get_base_model()),
+    ):
+        found = load()
+        if is_loaded_anew:
+            _load_inner(model.get_base_model(), arguments)
+        return found
+
+
+@contextmanager
+def _missing_keys_named(adapter_name: str) -> Iterator[None]:
+    """Say what a KeyError means: PEFT looks up the weights of `modules_to_save` by their keys."""
     try:
-        with undone_on_failure(model), as_it_is_dispatched(model.get_base_model()):
-            found = load()
-            if is_loaded_anew:
-                _load_inner(model.get_base_model(), arguments)
-            return found
-    except KeyError as error:  # PEFT looks up the weights of `modules_to_save` by their keys
+        yield
+    except KeyError as error:
         raise ValueError(
-            f"The weights don't fit adapter {arguments['adapter_name']!r}, so nothing was loaded:\n  missing: "
+            f"The weights don't fit adapter {adapter_name!r}, so nothing was loaded:\n  missing: "
             f"{error.args[0] if error.args else error}"
         ) from error
 
@@ -87,8 +99,10 @@ def _load_adapter_of_transformers(_: Callable[[], Any], arguments: dict[str, Any
     weights = arguments["adapter_state_dict"]
     if weights is None:
         weights = load_peft_weights(source, device="cpu", **download)
+    # PEFT 0.21.0 looks up modules that are saved beside by their names in this model.
+    weights = {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
     low = arguments["low_cpu_mem_usage"]
-    with undone_on_failure(model):
+    with _missing_keys_named(name), undone_on_failure(model):
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=low)
         set_peft_model_state_dict(model, weights, name, low_cpu_mem_usage=low)
         model._hf_peft_config_loaded = True
