@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import av
-from common.annotations import is_span, opened, read_entries, video_stream
+from common.annotations import is_span, read_entries
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,9 @@ class Annotation:
     answers: tuple[tuple[float, float, str], ...]
     line: str
 
-    def of_frames(self, frames: int, seconds: float) -> list[str | None]:
-        """The answer at each of the frames in the middle of equal parts of the clip, None where there is none.
-
-        Args:
-            frames: number of frames.
-            seconds: length of the clip.
-        """
-        times = [(frame + 0.5) * seconds / frames for frame in range(frames)]
-        return [next((answer for start, end, answer in self.answers if start <= time < end), None) for time in times]
+    def at(self, seconds: Sequence[float]) -> list[str | None]:
+        """The answer at each of these seconds, None where there is none."""
+        return [next((answer for start, end, answer in self.answers if start <= time < end), None) for time in seconds]
 
 
 def read_annotations(folder: Path) -> list[Annotation]:
@@ -88,18 +82,3 @@ def _is_answer(value: Any) -> bool:
         and isinstance(value[2], str)
         and bool(value[2])
     )
-
-
-def length_of(video: Path) -> float:
-    """Length of a video's pictures in seconds.
-
-    Raises:
-        ValueError: if the file can't be read as a video, or doesn't say its length.
-    """
-    with opened(video, "read") as container:
-        stream = video_stream(container, video)
-        if stream.duration is not None:
-            return float(stream.duration * stream.time_base)
-        if container.duration is not None:
-            return float(container.duration / av.time_base)
-    raise ValueError(f"{video} doesn't say how long it is: store it as mp4.")

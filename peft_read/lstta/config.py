@@ -33,6 +33,8 @@ class LsttaConfig(AdapterConfig):
             `"audio"` and `"text"`: for towers whose blocks aren't found. A block that runs several times is named as
             often. Saved with the names found.
         frame_filter: whether there is long-term semantic filtering.
+        filter_form: `"gate"`: each frame is let through more or less by itself; `"choice"`: frames are measured by the
+            most important one of their clip, which always counts fully.
         act_fn: activation after the down-projection, a key of transformers' `ACT2FN` without weights of its own.
         dropout: probability with which entries of an adapter's output are dropped in training.
         scaling: factor of an adapter's output.
@@ -60,6 +62,9 @@ class LsttaConfig(AdapterConfig):
         default=None, metadata={"help": "Names of the blocks of each tower, by 'vision', 'audio' and 'text'."}
     )
     frame_filter: bool = field(default=True, metadata={"help": "Whether there is long-term semantic filtering."})
+    filter_form: str = field(
+        default="gate", metadata={"help": "'gate': frames pass by themselves; 'choice': measured by each other."}
+    )
 
     # PEFT asks every configuration; which modules are adapted follows from `layers` and `num_levels`.
     target_modules: ClassVar[None] = None
@@ -72,6 +77,8 @@ class LsttaConfig(AdapterConfig):
         if self.num_levels is not None:
             check_positive_int("num_levels", self.num_levels)
         check_bool("frame_filter", self.frame_filter)
+        if self.filter_form not in ("gate", "choice"):
+            raise ValueError(f"`filter_form` must be 'gate' or 'choice', got {self.filter_form!r}.")
         if self.r % (2 * self.num_heads):
             raise ValueError(
                 f"`r` must be a multiple of 2 * num_heads = {2 * self.num_heads}, since every head has a sine and a "

@@ -84,7 +84,7 @@ class LsttaLayer(AdapterLayer):
         projections = {
             name: adapter.project(self._cast_input_dtype(hidden, adapter.dtype)) for name, adapter in adapters.items()
         }
-        messages = meet(level, Offer(adapters, projections))
+        messages = meet(level, Offer(adapters, projections, adapter_names))
         adapted = hidden
         for name, adapter in adapters.items():
             change = adapter.change(messages[name].to(hidden.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..architectures.blocks import block_width, blocks_of_levels, find_blocks
+from ..architectures.targets import is_causal_language_model
 from ..lockstep.composite import find_composite, towers_of
 from ..tuners.base import AdapterTuner
 from ..tuners.checks import check_width
@@ -74,7 +76,12 @@ class LsttaModel(AdapterTuner):
         _, composite = find_composite(model)
         if composite.make_exchange is None:
             composite.make_exchange = LsttaExchange()
-        composite.make_exchange.stages = _stages_around_layers(composite)
+        exchange = composite.make_exchange
+        exchange.stages = _stages_around_layers(composite)
+        text = towers_of(composite).get("text")
+        exchange.listeners = {"text"} if text is not None and is_causal_language_model(text) else set()
+        if not exchange.runs:
+            exchange.watch(composite)
 
     def _prepare_adapter_config(self, peft_config: LsttaConfig, model_config: dict[str, Any]) -> LsttaConfig:
         """Write down which blocks there are, so that the saved configuration names them."""
@@ -109,19 +116,23 @@ class LsttaModel(AdapterTuner):
 
     def _prepare_model(self, peft_config: LsttaConfig, model: nn.Module) -> None:
         """Look at every block before the first one is wrapped."""
-        prefix, composite = find_composite(model)
+        _, composite = find_composite(model)
         towers = towers_of(composite)
+        _warn_of_layerdrop(towers)
+        names = {module: name for name, module in model.named_modules()}
         assert peft_config.layers is not None
         assert peft_config.num_levels is not None
         self._places: dict[str, _Place] = {}
-        for modality, names in peft_config.layers.items():
-            for level, index in enumerate(blocks_of_levels(len(names), peft_config.num_levels)):
-                block = names[index]
-                call = names[:index].count(block)  # of a block that runs several times
-                name = ".".join(part for part in (prefix, f"{modality}_model", block) if part)
+        for modality, blocks in peft_config.layers.items():
+            for level, index in enumerate(blocks_of_levels(len(blocks), peft_config.num_levels)):
+                block = blocks[index]
+                call = blocks[:index].count(block)  # of a block that runs several times
+                name = names[_block(towers[modality], modality, block)]
                 self._places.setdefault(name, _Place(modality, block, {})).levels[call] = level
         for name, place in self._places.items():
             module = model.get_submodule(name)
+            if self.prefix in place.block:  # another name of the same block
+                self._refuse_name(place.block)
             self._check_place(name, module)
             if not isinstance(module, LsttaLayer):
                 check_width(name, "r", peft_config.r, block_width(towers[place.modality], place.block))
@@ -148,8 +159,23 @@ class LsttaModel(AdapterTuner):
         model = super().unload()
         _, composite = find_composite(model)
         composite.make_exchange.restore_checkpointing()
+        composite.make_exchange.leave(composite)
         del composite.make_exchange
         return model
+
+
+def _warn_of_layerdrop(towers: dict[str, nn.Module]) -> None:
+    for modality, tower in towers.items():
+        places = [getattr(tower, "config", None), *tower.modules()]
+        dropping = {
+            n for place in places if place is not None for n, v in vars(place).items() if n.endswith("layerdrop") and v
+        }
+        if dropping:
+            warnings.warn(
+                f"The {modality} tower leaves out blocks at random in training ({', '.join(sorted(dropping))}), and "
+                "with them its meetings with the other towers. Set that to 0.",
+                stacklevel=2,
+            )
 
 
 def _stages_around_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

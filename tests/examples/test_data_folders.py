@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from common.annotations import SHORTER_SIDE, decode_clips, iterate_clips
 from common.files import finished, is_made
-from trimodal_qa.annotations import length_of
 from video_grounding.annotations import Annotation, read_annotations
 from video_grounding.features import FRAMES_AT_ONCE, make_examples
+
+from peft_read.trimodal.media import decode_frames
 
 
 def entry(**changes):
@@ -182,8 +183,8 @@ def torch_means(frames):
 def test_files_that_are_no_videos_are_named(tmp_path, content):
     path = tmp_path / "odd.mp4"
     path.write_bytes(content)
-    for read in (lambda: decode_clips(path, 1.0), lambda: length_of(path)):
-        with pytest.raises(ValueError, match=r"odd\.mp4 can't be (decoded|read) as a video"):
+    for read in (lambda: decode_clips(path, 1.0), lambda: decode_frames(path, 4)):
+        with pytest.raises(ValueError, match=r"odd\.mp4 can't be (decoded|read) as a"):
             read()
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from trimodal_families import BATCH, FAMILIES, FRAMES, IMAGE, SOUNDS, VOCAB, WIDTH, tower
 
 from peft_read import LsttaConfig
-from peft_read.lockstep.composite import LockstepBatch, TowerBatch, run_towers
+from peft_read.lockstep import LockstepBatch, TowerBatch, run_towers
 from peft_read.lockstep.layouts import takes_videos
 from peft_read.lstta.layer import LsttaLayer
 
