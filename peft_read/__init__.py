@@ -40,6 +40,7 @@ from .trimodal.modeling import TrimodalModel
 from .trimodal.picture import plot_importance
 from .trimodal.processing import TrimodalProcessor
 from .trimodal.retrieval import TrimodalForRetrieval
+from .tuners.loading import install as install_loading
 from .tuners.registration import register
 
 
@@ -47,6 +48,7 @@ __version__ = "0.1.0"  # the one place: packaging reads it here
 
 register(ReadConfig, ReadModel)
 register(LsttaConfig, LsttaModel)
+install_loading()
 install_cards()
 
 __all__ = [

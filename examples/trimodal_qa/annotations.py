@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,7 +64,9 @@ def answers_of(annotations: list[Annotation]) -> list[str]:
 def _annotation(entry: dict[str, Any], folder: Path, line: str) -> Annotation:
     answers = entry.get("answers")
     if not isinstance(answers, list) or not all(map(_is_answer, answers)):
-        raise ValueError(f"{line}: `answers` must be a list of [start, end, answer], start < end, got {answers!r}.")
+        raise ValueError(
+            f"{line}: `answers` must be a list of [start, end, answer], start < end, got {reprlib.repr(answers)}."
+        )
     ordered = sorted((float(start), float(end), answer) for start, end, answer in answers)
     for (_, end, _), (start, _, _) in pairwise(ordered):
         if start < end:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.utils.generic import can_return_tuple
 
 from .configuration import TrimodalConfig
@@ -214,4 +218,5 @@ class TrimodalForMultipleChoice(TrimodalModel):
 
 
 AutoModelForSequenceClassification.register(TrimodalConfig, TrimodalForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(TrimodalConfig, TrimodalForFrameClassification, exist_ok=True)
 AutoModelForMultipleChoice.register(TrimodalConfig, TrimodalForMultipleChoice, exist_ok=True)

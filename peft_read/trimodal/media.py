@@ -299,11 +299,12 @@ def _opened(source: Source) -> Iterator[Any]:
     elif FilePath(source).is_dir():
         raise ValueError(f"{name_of(source)} is a folder, not a media file.")
     try:
-        with av.open(os.fspath(source) if isinstance(source, str | os.PathLike) else source) as container:
+        file = os.fspath(source) if isinstance(source, str | os.PathLike) else source
+        with av.open(file, metadata_errors="ignore") as container:
             yield container
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {name_of(source)}.") from None
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OverflowError, ZeroDivisionError, MemoryError) as error:
         raise ValueError(f"{name_of(source)} can't be read as a media file: {error}.") from error
 
 

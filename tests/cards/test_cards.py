@@ -229,17 +229,6 @@ def test_metadata_keep_their_comments(tmp_path):
     assert "library_name: peft  # what else\nlicense: mit" in saved(tmp_path)
 
 
-def test_a_broken_card_is_named(tmp_path):
-    """Nothing is written over it, and the weights are saved all the same."""
-    saved(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    tmp_path.joinpath("README.md").write_text("---\n[oops\n---\n# Mine\n")
-    with pytest.raises(ValueError, match=r"(?s)top of .*README\.md can't be read.*Mend the lines"):
-        saved(tmp_path)
-    assert "# Mine" in tmp_path.joinpath("README.md").read_text()
-    assert (tmp_path / "adapter_model.safetensors").is_file()
-
-
 def test_a_loaded_adapter_keeps_what_its_trainer_wrote(tmp_path):
     """Saved again by somebody who only loaded it: hardware, data and results stay those of the training."""
     text = saved(tmp_path / "mine", data="Rain.").replace("CPU, ", "H200, ")
