@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from peft_read import PvlaTrainer, PvlaTrainingArguments
 
@@ -47,6 +48,8 @@ def train(
     batch_size: int = 8,
     output_dir: str = "runs",
     description: str = "train",
+    log_steps: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     pvla: dict[str, Any] | None = None,
 ) -> PvlaTrainer:
     """Train what is trainable in `model`, in place, as `OPTIMIZER` says.
@@ -55,6 +58,8 @@ def train(
         batch_size: of all processes together.
         learning_rates: rates of modules that differ, by the end of the module's name.
         description: shown with the progress.
+        log_steps: steps between two logged losses; a quarter of all by default.
+        callbacks: of the Trainer.
         pvla: options of PVLA; none by default, and the Trainer is transformers' own.
     """
     processes = join_processes().num_processes
@@ -68,7 +73,7 @@ def train(
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
         max_grad_norm=1.0,
-        logging_steps=max(steps // 4, 1),
+        logging_steps=log_steps or max(steps // 4, 1),
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
@@ -79,6 +84,8 @@ def train(
     )
     trainer = RatesTrainer(model, arguments, collator, examples, processing_class=getattr(collator, "tokenizer", None))
     trainer.learning_rates = learning_rates or {}
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{description}: {trained:,} weights, {steps} steps of {batch_size}", flush=True)
