@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from common.annotations import SPLITS, decode_clips
 from common.files import RESULTS, check_output
 from common.processes import from_main_process, join_processes, leave_processes, once_a_machine, run_alone
@@ -68,17 +69,7 @@ def main() -> None:
         make_defaults(args)
         return
     processes = join_processes()
-    if not args.evaluate:
-        if args.batch_size % processes.num_processes:
-            raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {processes.num_processes} processes.")
-        if processes.is_main_process:
-            check_output(args.output)
-        make_config(args.method, args.method_config, [])  # a mistake there shows before anything is made
-    if processes.num_processes == 1:
-        make_defaults(args)
-    elif args.data is None or args.model is None:
-        once_a_machine(processes, lambda: run_alone(__file__, *sys.argv[1:], "--prepare"))
-    name_defaults(args)
+    prepare(args, processes)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     annotations, examples = from_main_process(processes, lambda: read_examples(args, tokenizer))
     collator = Collator(tokenizer)
@@ -120,6 +111,21 @@ def main() -> None:
         draw(args, annotations["test"][:SHOWN], examples["test"][:SHOWN], saliency, plans)
         if args.method != "head":
             check_saved(args, results[args.method]["test"])
+
+
+def prepare(args: argparse.Namespace, processes: PartialState) -> None:
+    """Refuse what can't work before anything is made; make what the command line leaves to the default; name it."""
+    if not args.evaluate:
+        if args.batch_size % processes.num_processes:
+            raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {processes.num_processes} processes.")
+        if processes.is_main_process:
+            check_output(args.output)
+        make_config(args.method, args.method_config, [])
+    if processes.num_processes == 1:
+        make_defaults(args)
+    elif args.data is None or args.model is None:
+        once_a_machine(processes, lambda: run_alone(__file__, *sys.argv[1:], "--prepare"))
+    name_defaults(args)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,7 +4,7 @@
 
 The example's model with random weights and random data, batch 8, 24 frames, queries of 3 words. Trainers with and
 without PVLA take turns step by step, so that a machine that gets slower or faster does so for all. Prints the table of
-the README: the median, over rounds of 100 steps, of the ratio to the processor time without PVLA.
+`README.md` here: the median, over rounds of 100 steps, of the ratio to the processor time without PVLA.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def make_trainer(options: dict[str, Any], steps: int) -> PvlaTrainer:
 
 
 def random_examples() -> list[dict[str, torch.Tensor]]:
+    """One batch of examples in the shapes of `finetune_video.py`'s."""
     length = WORDS + 2 + FRAMES + 1
     position = torch.arange(length)
     return [

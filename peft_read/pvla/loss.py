@@ -53,6 +53,13 @@ class PvlaLoss(nn.Module):
 
     Raises:
         ValueError: if an option is out of its range.
+
+    Example:
+        >>> frames = torch.eye(4)[None, :3]  # one video of three frames
+        >>> loss = PvlaLoss(mass=0.5)
+        >>> aligned, opposite = loss(frames, frames[:, :2]), loss(frames, -frames[:, :2])
+        >>> round(aligned.item(), 3), round(opposite.item(), 3)
+        (0.0, 1.0)
     """
 
     def __init__(
@@ -139,6 +146,7 @@ class PvlaLoss(nn.Module):
         return F.relu(squares - 2 * x @ y.mT)
 
     def extra_repr(self) -> str:
+        """The options, for `print`."""
         mass = self.masses[0] if len(self.masses) == 1 else self.masses
         return f"mass={mass}, reg={self.reg}, n_iter={self.n_iter}, cost={self.cost!r}, marginals={self.marginals!r}"
 

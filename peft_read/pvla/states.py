@@ -91,6 +91,7 @@ class FunctionStates(StateSource):
         self.function = function
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """What the function gives."""
         return self.function(model, batch, outputs)
 
 
@@ -104,13 +105,16 @@ class TowerStates(StateSource):
         self.model = model
 
     def samples(self, batch: Batch) -> Tensor | None:
+        """Those with at least one word."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         return ids.new_tensor(len(ids)) if mask is None else mask.bool().any(1).sum()
 
     def words(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """All words: a text tower sees nothing else."""
         return batch["input_ids"], batch.get("attention_mask")
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """The frames' and the words' states, projected into the space that both towers share."""
         words = outputs.text_model_output.last_hidden_state
         text_tower = getattr(self.model, "text_model", None)
         words = _projected(words, self.model, "text_projection", getattr(text_tower, "head", None))
@@ -171,6 +175,7 @@ class BlockStates(StateSource):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        """In this context the outputs of the blocks are kept."""
         self._recording, self._with_grad = True, torch.is_grad_enabled()
         try:
             yield
@@ -179,13 +184,16 @@ class BlockStates(StateSource):
             self.outputs.clear()
 
     def check(self, example: Batch) -> None:
+        """Raise a `ValueError` if the batch has neither placeholder ids nor token masks."""
         self._masks(example)
 
     def samples(self, batch: Batch) -> Tensor | None:
+        """Those with a video token and a text token, once for each block."""
         video, text = self._masks(batch)
         return self.blocks * (video.any(1) & text.any(1)).sum()
 
     def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+        """`input_ids` and the mask of the text tokens; None where the model puts text behind its ids."""
         ids = batch.get("input_ids")
         if ids is None:
             return None
@@ -193,6 +201,7 @@ class BlockStates(StateSource):
         return None if text[:, ids.shape[1] :].any() else (ids, text[:, : ids.shape[1]])
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """The blocks' outputs at the video tokens and at the text tokens, one block after another in the batch."""
         masks = self._masks(batch)
         if len(self.outputs) < self.blocks:
             raise RuntimeError(
