@@ -51,6 +51,9 @@ def train(
     log_steps: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     pvla: dict[str, Any] | None = None,
+    pairs: Sequence[dict[str, Any]] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    states: Callable[..., Any] | None = None,
 ) -> PvlaTrainer:
     """Train what is trainable in `model`, in place, as `OPTIMIZER` says.
 
@@ -68,6 +71,9 @@ def train(
         log_steps: steps between two logged losses; a quarter of all by default.
         callbacks: of the Trainer.
         pvla: options of PVLA; none by default, and the Trainer is transformers' own.
+        pairs: examples without labels, which PVLA aligns in place of `examples`.
+        loss: in place of the model's: of its outputs and the labels.
+        states: what PVLA compares, in place of its `pvla_states`: of the model, a batch and the outputs.
     """
     processes = join_processes().num_processes
     if batch_size % processes:
@@ -89,7 +95,16 @@ def train(
         seed=seed,
         **({"pvla_weight": 0.0} | (pvla or {})),
     )
-    trainer = RatesTrainer(model, arguments, collator, examples, processing_class=getattr(collator, "tokenizer", None))
+    trainer = RatesTrainer(
+        model,
+        arguments,
+        collator,
+        examples,
+        processing_class=getattr(collator, "tokenizer", None),
+        pairs_dataset=pairs,  # type: ignore[arg-type]
+        pvla_states=states,
+        compute_loss_func=loss,
+    )
     trainer.learning_rates = learning_rates or {}
     for callback in callbacks:
         trainer.add_callback(callback)

@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 from .loss import PvlaDetails
-from .states import VideoTextStates
+from .source import VideoTextStates
 
 
 if TYPE_CHECKING:
