@@ -24,7 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from common.machine import describe_machine
-from comparison.cells import RATES, Cell, Store, Task, chosen_rates, finals, grid, peak_memory, quiet, run
+from comparison.cells import (
+    GRID_SEED,
+    GRID_STEPS,
+    GRID_VIDEOS,
+    RATES,
+    Cell,
+    Store,
+    Task,
+    chosen_rates,
+    finals,
+    grid,
+    peak_memory,
+    quiet,
+    run,
+)
 from comparison.grounding import GroundingTask
 from comparison.methods import METHODS
 from comparison.report import draw, table
@@ -57,9 +71,9 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=quiet) as pool:
         for panel in args.panels:
             wait(pool, [(make, (panel, seed, args.work)) for seed in args.seeds], deadline)
-            methods = methods_of(panel, args.methods)
-            missing = [cell for cell in grid(panel, methods) if cell not in store]
-            wait(pool, [(run_and_store, (cell, args.work)) for cell in missing], deadline)
+            methods, metric = methods_of(panel, args.methods), make_task(panel, args.work).metric
+            while (missing := grid(store, panel, methods, metric)) and time.time() < deadline:
+                wait(pool, [(run_and_store, (cell, args.work)) for cell in missing], deadline)
         # A setting of all panels before the next setting of any.
         cells: list[Cell] = []
         for setting in args.settings:
@@ -117,15 +131,17 @@ def print_budget(args: argparse.Namespace) -> None:
     cells = []
     for panel in args.panels:
         methods = methods_of(panel, args.methods)
-        # The chosen rates aren't known yet: of each method and setting any rate counts.
-        cells += grid(panel, methods) + list(finals(panel, dict.fromkeys(methods, 0.0), args.settings, args.seeds))
+        # The chosen rates aren't known yet: of each method and setting any rate counts, and the whole grid.
+        rates = dict.fromkeys(methods, 0.0)
+        cells += len(RATES) * list(finals(panel, rates, [(GRID_VIDEOS, GRID_STEPS)], [GRID_SEED]))
+        cells += finals(panel, rates, args.settings, args.seeds)
     done = store.all()
     steps = sum(cell.steps for cell in cells) - sum(each["steps"] for each in done)
     seconds = statistics.median([each["seconds"] / each["steps"] for each in done] or [USUAL_SECONDS])
     hours = max(steps, 0) * seconds / 3600 / args.jobs
     print(
-        f"{len(cells)} runs ({len(args.panels)} panels, {len(args.seeds)} bases each, {len(RATES)} rates a method), "
-        f"{len(done)} done: about {hours:.1f} hours with {args.jobs} processes, and a minute for each base.",
+        f"At most {len(cells)} runs ({len(args.panels)} panels, {len(args.seeds)} bases each, 3 to {len(RATES)} rates "
+        f"a method), {len(done)} done: about {hours:.1f} hours with {args.jobs} processes, and a minute for each base.",
         flush=True,
     )
 

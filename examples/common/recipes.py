@@ -125,11 +125,15 @@ def make_trainer(
     """A Trainer that follows a recipe.
 
     Args:
+        recipe: its settings.
+        model: what to train.
         samples: to train on.
+        collator: makes a batch of samples.
         method: one of `METHODS`; only READ is trained with PVLA.
         epochs: in place of the recipe's.
         labels: names of the labels in a batch.
         output: folder for what the Trainer writes.
+        seed: of the order of the samples.
     """
     arguments = PvlaTrainingArguments(
         output_dir=str(output),

@@ -28,7 +28,7 @@ LOOKS = 5  # at the validation score while it trains, for the learning curve
 
 
 class Task(Protocol):
-    """What is learnt: see `GroundingTask`, whose methods say what each does."""
+    """What is learnt."""
 
     panel: str
     metric: str
@@ -36,12 +36,23 @@ class Task(Protocol):
     heads: list[str]
     batch_size: int
 
-    def make(self, seed: int) -> None: ...
-    def examples(self, seed: int) -> dict[str, Any]: ...
-    def base(self, seed: int) -> nn.Module: ...
-    def collator(self, seed: int, noisy: Any = ()) -> Any: ...
-    def score(self, model: nn.Module, examples: Any, seed: int) -> dict[str, float]: ...
-    def oracle(self, seed: int) -> float | dict[str, float]: ...
+    def make(self, seed: int) -> None:
+        """Make what belongs to a seed, unless it exists."""
+
+    def examples(self, seed: int) -> dict[str, Any]:
+        """By split, the examples of a seed."""
+
+    def base(self, seed: int) -> nn.Module:
+        """The base of a seed, to be frozen."""
+
+    def collator(self, noisy: Any = ()) -> Any:
+        """Of batches; with noise relative to the features of `noisy`, if there are some."""
+
+    def score(self, model: nn.Module, examples: Any) -> dict[str, float]:
+        """The metrics, in per cent."""
+
+    def oracle(self, seed: int) -> float:
+        """The `metric` of who knows all but the order in time."""
 
 
 @dataclass(frozen=True)
@@ -100,23 +111,39 @@ class Store:
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*.json"))]
 
 
-def grid(panel: str, methods: Sequence[str]) -> list[Cell]:
-    """The runs that choose each method's learning rate: one seed, all rates."""
-    return [
-        Cell(panel, method, GRID_VIDEOS, GRID_STEPS, GRID_SEED, rate)
-        for rate in sorted(RATES, key=lambda rate: abs(rate - 3e-3))
-        for method in methods
-    ]
+def grid(store: Store, panel: str, methods: Sequence[str], metric: str) -> list[Cell]:
+    """The runs still missing to choose each method's learning rate.
+
+    One grid for all methods, searched from its middle: a rate is chosen when the rates beside it in the grid have been
+    tried and are no better on validation videos.
+    """
+    missing = []
+    for method in methods:
+        scores = _grid_scores(store, panel, method, metric)
+        middle = RATES.index(max(scores, key=scores.__getitem__) if scores else RATES[len(RATES) // 2])
+        around = RATES[max(middle - 1, 0) : middle + 2]
+        missing += [_grid_cell(panel, method, rate) for rate in around if rate not in scores]
+    return missing
 
 
 def chosen_rates(store: Store, panel: str, methods: Sequence[str], metric: str) -> dict[str, float]:
-    """The rate of each method with the best validation score in the grid; none where the grid isn't complete."""
+    """The rate of each method with the best validation score in the grid; none where runs are missing for it."""
     rates = {}
     for method in methods:
-        cells = grid(panel, [method])
-        if all(cell in store for cell in cells):
-            rates[method] = max(cells, key=lambda cell: store.read(cell)["validation"][metric]).rate
+        if not grid(store, panel, [method], metric):
+            scores = _grid_scores(store, panel, method, metric)
+            rates[method] = max(scores, key=scores.__getitem__)
     return rates
+
+
+def _grid_cell(panel: str, method: str, rate: float) -> Cell:
+    return Cell(panel, method, GRID_VIDEOS, GRID_STEPS, GRID_SEED, rate)
+
+
+def _grid_scores(store: Store, panel: str, method: str, metric: str) -> dict[float, float]:
+    """Validation scores of the rates that have been tried."""
+    cells = [_grid_cell(panel, method, rate) for rate in RATES]
+    return {cell.rate: store.read(cell)["validation"][metric] for cell in cells if cell in store}
 
 
 def finals(
@@ -145,12 +172,13 @@ class LearningCurve(TrainerCallback):
         self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look, if it is time."""
         every = max(self.cell.steps // LOOKS, 1)
         if state.global_step % every or state.global_step == self.cell.steps:
             return
         start = time.process_time()
         with torch.random.fork_rng(devices=[]):
-            score = self.task.score(self.model, self.examples, self.cell.seed)[self.task.metric]
+            score = self.task.score(self.model, self.examples)[self.task.metric]
         self.model.train()
         self.scores.append((state.global_step, round(score, 2)))
         self.seconds += time.process_time() - start
@@ -171,8 +199,8 @@ def run(task: Task, cell: Cell, output: Path) -> dict[str, Any]:
     seconds = time.process_time() - start - curve.seconds
     losses = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "validation": _rounded(task.score(model, validation, cell.seed)),
-        "test": _rounded(task.score(model, examples["test"], cell.seed)),
+        "validation": _rounded(task.score(model, validation)),
+        "test": _rounded(task.score(model, examples["test"])),
         "weights": weights,
         "cpu_seconds_a_step": round(seconds / cell.steps, 4),
         "losses": losses,
@@ -215,7 +243,7 @@ def _train(
     return train(
         model,
         few,
-        task.collator(cell.seed, few),
+        task.collator(few),
         steps=cell.steps,
         learning_rate=cell.rate,
         learning_rates={} if alone else dict.fromkeys(task.heads, HEAD_RATE),
@@ -225,6 +253,7 @@ def _train(
         description=cell.name,
         log_steps=max(cell.steps // (2 * LOOKS), 1),
         callbacks=callbacks,
+        pvla=METHODS[cell.method].pvla,
     )
 
 

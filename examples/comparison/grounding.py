@@ -78,16 +78,16 @@ class GroundingTask:
         """The base of a seed, to be frozen."""
         return GroundingModel.from_pretrained(self._folder(self.panel, seed))
 
-    def collator(self, seed: int, noisy: Examples = ()) -> Collator:  # type: ignore[assignment]
+    def collator(self, noisy: Examples = ()) -> Collator:  # type: ignore[assignment]
         """Of batches; with noise relative to the features of `noisy`, if there are some."""
         tokenizer = AutoTokenizer.from_pretrained(text_encoder_path())
         return Collator(tokenizer, FRAME_NOISE if noisy else 0.0, noisy)
 
     @torch.no_grad()
-    def score(self, model: nn.Module, examples: Examples, seed: int) -> dict[str, float]:
-        """mAP and hit@1, in per cent."""
+    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """Mean average precision (mAP) and hit@1, in per cent."""
         model.eval()
-        collate, saliency = self.collator(seed), []
+        collate, saliency = self.collator(), []
         for start in range(0, len(examples), 50):
             some = examples[start : start + 50]
             batch = collate(some)

@@ -35,12 +35,14 @@ class Method:
         trained: which of the text model's own weights are trained: takes a name and the last block's number.
         config: of the PEFT method beside the frozen model, if there is one.
         generates: whether it works in an encoder-decoder whose encoder is given embeddings.
+        pvla: options of the alignment loss, if there is one; the projection of the frames is then trained as well.
     """
 
     label: str
     trained: Callable[[str, int], bool] | None = None
     config: Callable[[], PeftConfig] | None = None
     generates: bool = True
+    pvla: dict[str, Any] | None = None
 
 
 def _in_last_block(name: str, last: int) -> bool:
@@ -72,6 +74,12 @@ METHODS = {
     "read-rnn": Method("READ, the paper's tanh RNN", config=lambda: ReadConfig(r=16, cell="rnn")),
     "read-gru": Method("READ, GRU", config=lambda: ReadConfig(r=16, cell="gru")),
     "read-lstm": Method("READ, LSTM", config=lambda: ReadConfig(r=16, cell="lstm")),
+    "read-pvla": Method(
+        "READ, GRU, and PVLA with negatives",
+        config=lambda: ReadConfig(r=16, cell="gru"),
+        generates=False,  # there is no sentence beside the video
+        pvla={"pvla_states": "inputs", "pvla_negatives": True, "pvla_weight": 3.0},
+    ),
 }
 
 
@@ -127,6 +135,6 @@ def adapt(model: Any, method: str, heads: list[str], fixed: tuple[str, ...] = ("
             model.text_model = PromptedEncoder(adapted, shown)
         else:
             model.text_model = adapted
-    for name in heads:
+    for name in (*heads, *(["frame_projection"] if chosen.pvla else [])):
         model.get_submodule(name).requires_grad_(True)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -36,7 +36,7 @@ class SummaryTask:
     """
 
     panel = "summaries"
-    metric, second_metric = "rouge2 (blanks)", "exact match"
+    metric, second_metric = "rougeL (blanks)", "exact match"
     heads = ["text_model.lm_head"]
     batch_size = 8
 
@@ -57,13 +57,13 @@ class SummaryTask:
         """The base of a seed, to be frozen."""
         return SummaryModel.from_pretrained(self._folder(seed) / "model")
 
-    def collator(self, seed: int, noisy: Sequence[SummarySample] = ()) -> SummaryCollator:
+    def collator(self, noisy: Sequence[SummarySample] = ()) -> SummaryCollator:
         """Of batches; with noise relative to the features of `noisy`, if there are some."""
         return SummaryCollator(caption_tokenizer(), FRAME_NOISE if noisy else 0.0, noisy)
 
-    def score(self, model: nn.Module, examples: Sequence[SummarySample], seed: int) -> dict[str, float]:
+    def score(self, model: nn.Module, examples: Sequence[SummarySample]) -> dict[str, float]:
         """ROUGE and exact match of greedy summaries, in per cent."""
-        texts = summarise(model, examples, self.collator(seed), batch_size=50, options=GREEDY)
+        texts = summarise(model, examples, self.collator(), batch_size=50, options=GREEDY)
         references = [example.summary for example in examples]
         return rouge(texts, references) | {"exact match": exact_match(texts, references)}
 

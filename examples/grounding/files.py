@@ -166,6 +166,10 @@ def read_video(
     """A video's features side by side, and labels of the same clips, cut to the shortest of all.
 
     Args:
+        sources: of the features.
+        folder: the data folder.
+        name: of the video.
+        line: what names it, for messages.
         labels: `(clips, ...)` each.
         most: clips that are read of each source; all by default.
         epsilon: scale the rows of each source to length 1, by x / (norm + epsilon); as they are by default.

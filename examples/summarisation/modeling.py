@@ -84,7 +84,10 @@ class SummaryModel(PreTrainedModel):
         """The tokens of summaries, `(batch, length)`.
 
         Args:
-            frame_features: as for a call, and `frame_mask`, `input_ids` and `attention_mask`.
+            frame_features: `(batch, frames, feature_size)`.
+            frame_mask: `(batch, frames)`.
+            input_ids: `(batch, words)`; None without a transcript.
+            attention_mask: `(batch, words)`.
             options: of transformers' `generate`.
         """
         inputs = self._encoder_inputs(frame_features, frame_mask, input_ids, attention_mask)

@@ -82,6 +82,7 @@ def summarise(
         model: a `SummaryModel`, adapted or not.
         samples: their summaries aren't looked at.
         collator: without noise.
+        batch_size: samples at once.
         options: of transformers' `generate`; by default VG-BART's.
     """
     model.eval()

@@ -59,7 +59,7 @@ class TinyTask(GroundingTask):
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
         return GroundingModel(GroundingConfig(BertConfig(vocab_size=30, **sizes), feature_size=4, sep_token_id=3))
 
-    def collator(self, seed, noisy=()):
+    def collator(self, noisy=()):
         return Collator(TinyTokenizer(), 0.1 if noisy else 0.0, noisy)
 
 
@@ -113,7 +113,7 @@ def test_prompts_leave_the_model_s_interface(tmp_path, method):
     names = ("input_ids", "attention_mask", "frame_features", "frame_mask")
 
     def logits(some):
-        batch = task.collator(0)(some)
+        batch = task.collator()(some)
         return model(**{name: batch[name] for name in names}).logits
 
     together = logits(examples)
