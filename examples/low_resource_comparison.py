@@ -66,6 +66,7 @@ def main() -> None:
     args = parse_arguments()
     deadline = time.time() + 3600 * args.hours
     print_budget(args)
+    os.environ["TQDM_DISABLE"] = "1"  # for the processes
     store = Store(args.work / "cells")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=quiet) as pool:
@@ -141,7 +142,7 @@ def print_budget(args: argparse.Namespace) -> None:
     hours = max(steps, 0) * seconds / 3600 / args.jobs
     print(
         f"At most {len(cells)} runs ({len(args.panels)} panels, {len(args.seeds)} bases each, 3 to {len(RATES)} rates "
-        f"a method), {len(done)} done: about {hours:.1f} hours with {args.jobs} processes, and a minute for each base.",
+        f"a method), {len(done)} done: about {hours:.1f} hours with {args.jobs} processes, and a minute a base.",
         flush=True,
     )
 

@@ -1,14 +1,12 @@
-"""The README's lines about what was measured, from the results in `examples/results`, and nothing else.
+"""The README's lines about what was measured and the tables of `examples/results/README.md`, from the results there.
 
-    python examples/benchmarks/readme_lines.py [--print]
+    python examples/benchmarks/readme_lines.py
 
-Writes them between the marks in `examples/results/README.md`, and in the README where that has the marks; a test keeps
-both true.
+Writes both pages, between their marks; a test keeps them true.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -21,39 +19,43 @@ sys.path.insert(0, str(EXAMPLES))
 
 from comparison.methods import METHODS  # noqa: E402
 from comparison.report import mean_and_spread, of_setting  # noqa: E402
+from low_resource_comparison import tables  # noqa: E402
+from remade_bases import table as bases_table  # noqa: E402
 
 
 RESULTS = EXAMPLES / "results"
-PAGES = (RESULTS / "README.md", EXAMPLES.parent / "README.md")
 START, END = "<!-- measured -->", "<!-- /measured -->"
-OURS = ("read-rnn", "read-gru", "read-lstm")
 TASKS = {
-    "positions": "Finding a moment, base with positions",
-    "set": "Finding a moment, base that sees frames as a set",
-    "summaries": "Writing ordered summaries, small T5",
+    "positions": "Moments, base with positions",
+    "set": "Moments, base that sees frames as a set",
+    "summaries": "Summaries in order, small T5",
 }
 
 
-def lines() -> list[str]:
-    """The lines, as markdown."""
+def pages() -> dict[Path, str]:
+    """Each page as the results make it."""
     bases = json.loads((RESULTS / "remade_bases.json").read_text(encoding="utf-8"))
     results = json.loads((RESULTS / "low_resource.json").read_text(encoding="utf-8"))
-    found = [_first_example(bases)]
-    found += [_panel(results, panel) for panel in TASKS if panel in results["panels"]]
-    return [*found, _limits(results)]
+    lines = [_first_example(bases), *(_panel(results, panel) for panel in TASKS), _limits(results)]
+    measured = f"{_made_on(bases)}\n\n{bases_table(bases['runs'])}\n\n{_made_on(results)}\n\n{tables(results)}"
+    return {
+        page: _fill(page.read_text(encoding="utf-8"), text)
+        for page, text in ((EXAMPLES.parent / "README.md", "\n".join(lines)), (RESULTS / "README.md", measured))
+    }
 
 
-def fill(page: str) -> str:
-    """A page with the lines between its marks.
-
-    Raises:
-        ValueError: if it doesn't have both marks.
-    """
-    before, start, rest = page.partition(START)
+def _fill(page: str, text: str) -> str:
+    before, _, rest = page.partition(START)
     _, end, after = rest.partition(END)
-    if not start or not end:
+    if not end:
         raise ValueError(f"The page needs the marks {START} and {END}.")
-    return "\n".join([before + START, *lines(), END + after])
+    return f"{before}{START}\n{text}\n{END}{after}"
+
+
+def _made_on(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"`{results['command']}`, on {machine['cpu']}, {machine['cores']} cores; {versions}:"
 
 
 def _first_example(bases: dict[str, Any]) -> str:
@@ -65,58 +67,54 @@ def _first_example(bases: dict[str, Any]) -> str:
         parts.append(f"{statistics.median(maps):.1f} on {name} ({len(maps)} bases, lowest {min(maps):.1f})")
     heads = statistics.median(run["head"]["mAP"] for run in runs)
     return (
-        f"- The first example, everything made anew for each seed: READ's median test mAP is {' and '.join(parts)}; the "
-        f"head alone has {heads:.1f}."
+        f"- The first command above, all made anew: READ's median test mAP {', '.join(parts)}; head alone {heads:.1f}."
     )
 
 
 def _panel(results: dict[str, Any], panel: str) -> str:
-    metric, (videos, steps) = results["panels"][panel]["metrics"][0], results["settings"][0]
-    runs = of_setting(results["runs"], panel, videos, steps)
-    means = {method: statistics.mean(run["test"][metric] for run in some) for method, some in runs.items()}
+    runs, means = _means(results, panel)
 
-    def best(methods: list[str]) -> str:
-        method = max(methods, key=means.__getitem__)
-        values = [run["test"][metric] for run in runs[method]]
-        bases = f"{len(values)} bases" if len(values) > 1 else "1 base"
-        return f"{METHODS[method].label}: {mean_and_spread(values)} ({runs[method][0]['weights']:,} weights, {bases})"
+    def told(method: str) -> str:
+        metric = results["panels"][panel]["metrics"][0]
+        return mean_and_spread([run["test"][metric] for run in runs[method]])
 
-    ours, peers = [m for m in runs if m in OURS], [m for m in runs if m not in OURS]
+    metric, best = results["panels"][panel]["metrics"][0], _best_peer(means)
     oracle = statistics.mean(results["panels"][panel]["oracle"])
-    return (
-        f"- {TASKS[panel]}, {videos} videos, {steps} steps, test {metric}: {best(ours)}; the best peer, {best(peers)}; "
-        f"without order {oracle:.1f}."
-    )
+    bases = len(runs["read-gru"])
+    task = f"{TASKS[panel]} (test {metric}, {bases} base{'s' * (bases > 1)})"
+    ours = f"READ with a GRU {told('read-gru')}, with the paper's tanh RNN {told('read-rnn')}"
+    return f"- {task}: {ours}; best peer: {METHODS[best].label}, {told(best)}; without order {oracle:.1f}."
 
 
 def _limits(results: dict[str, Any]) -> str:
-    """Where the paper's own cell is behind a peer."""
+    """Where READ is behind a peer, and what nothing of this shows."""
     behind = []
     for panel in results["panels"]:
-        metric, (videos, steps) = results["panels"][panel]["metrics"][0], results["settings"][0]
-        runs = of_setting(results["runs"], panel, videos, steps)
-        means = {method: statistics.mean(run["test"][metric] for run in some) for method, some in runs.items()}
-        if "read-rnn" not in means:
-            continue
-        better = [METHODS[m].label for m in means if m not in OURS and means[m] > means["read-rnn"]]
-        behind.append(f"`{panel}` {means['read-rnn']:.1f}" + (f", behind {len(better)} peers" if better else ""))
+        means = _means(results, panel)[1]
+        best = _best_peer(means)
+        if means[best] > means["read-gru"]:
+            behind.append(f"{TASKS[panel].lower()} ({METHODS[best].label})")
     return (
-        f"- The paper's tanh RNN learns more slowly than the GRU here: {'; '.join(behind)}. Videos are synthetic, bases "
-        "small; none of the paper's own results is rerun."
+        f"- READ isn't first in: {', '.join(behind) or 'none of these'}. Videos are synthetic, bases small; none of the "
+        "paper's own results is rerun: [tables, picture, limits](examples/results/README.md)."
     )
 
 
+def _means(results: dict[str, Any], panel: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """By method, the runs of the first setting, and their mean test score."""
+    metric, (videos, steps) = results["panels"][panel]["metrics"][0], results["settings"][0]
+    runs = of_setting(results["runs"], panel, videos, steps)
+    return runs, {method: statistics.mean(run["test"][metric] for run in some) for method, some in runs.items()}
+
+
+def _best_peer(means: dict[str, float]) -> str:
+    return max((method for method in means if not method.startswith("read-")), key=means.__getitem__)
+
+
 def main() -> None:
-    """Write the lines into the pages, or print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", dest="show", help="print them, and write nothing")
-    if parser.parse_args().show:
-        print("\n".join(lines()))
-        return
-    for path in PAGES:
-        page = path.read_text(encoding="utf-8")
-        if START in page:
-            path.write_text(fill(page), encoding="utf-8")
+    """Write the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

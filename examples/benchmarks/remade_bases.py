@@ -15,7 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 EXAMPLES = Path(__file__).parents[1]
@@ -46,15 +48,21 @@ def main() -> None:
                 args.results.parent.mkdir(parents=True, exist_ok=True)
                 args.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
                 print(runs[-1], flush=True)
-    print("| threads | bases | READ, test mAP: median (lowest) | by base | head alone | CPU seconds in all |")
-    print("|---|---|---|---|---|---|")
-    for threads in args.threads:
+    print(table(runs))
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """What each number of threads gave, as markdown."""
+    lines = ["| threads | bases | READ, test mAP: median (lowest) | by base | head alone | CPU seconds in all |"]
+    lines.append("|---|---|---|---|---|---|")
+    for threads in sorted({run["threads"] for run in runs}):
         some = [run for run in runs if run["threads"] == threads]
         maps, heads = [run["read"]["mAP"] for run in some], [run["head"]["mAP"] for run in some]
         by_base = ", ".join(f"{value:.1f}" for value in maps)
         cells = [f"{statistics.median(maps):.1f} ({min(maps):.1f})", by_base, f"{statistics.median(heads):.1f}"]
         cells.append(f"{statistics.median(run['cpu_seconds'] for run in some):.0f}")
-        print(f"| {threads} | {len(some)} | {' | '.join(cells)} |")
+        lines.append(f"| {threads} | {len(some)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def run_example(work: Path, seed: int, threads: int) -> dict[str, object]:

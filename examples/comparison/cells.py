@@ -221,7 +221,6 @@ def quiet() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
     # PEFT's prefix tuning gives transformers 5.24 its cache by the old name.
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 

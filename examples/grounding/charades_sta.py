@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import Sample, Source, read_video, spans_of
+from .files import Sample, Source, StoredRows, read_video, spans_of
 from .metrics import interval_overlap
 
 
@@ -62,7 +62,7 @@ def read_charades_sta(
     if not queries:
         raise ValueError(f"{path} has no lines.")
     embeddings = read_vectors(folder / vectors, {word for _, _, words, _ in queries for word in words}, word_size)
-    features: dict[str, np.ndarray] = {}
+    features: dict[str, StoredRows] = {}
     samples = []
     for number, (name, window, words, line) in enumerate(queries):
         if name not in features:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,26 +43,69 @@ class Source:
             FileNotFoundError: if the file isn't there.
             ValueError: if it can't be read, has no such array, or one of another shape; the message names the file.
         """
-        path = folder / self.path.format(name=name)
+        rows = self._open(folder, name, line, np.lib.format.read_array)
+        self._check(rows.shape, folder, name, line)
+        if not np.isfinite(rows).all():
+            raise ValueError(f"{line}: {self._path(folder, name)} holds numbers that aren't finite.")
+        return rows.astype(np.float32)
+
+    def count(self, folder: Path, name: str, line: str) -> int:
+        """The number of rows of one file, from its header; takes and raises what `read` does."""
+        shape = self._open(folder, name, line, _read_shape)
+        self._check(shape, folder, name, line)
+        return int(shape[0])
+
+    def _path(self, folder: Path, name: str) -> Path:
+        return folder / self.path.format(name=name)
+
+    def _open(self, folder: Path, name: str, line: str, read: Callable[[Any], Any]) -> Any:
+        """What `read` finds in the array's file, of its own or in an archive."""
+        path = self._path(folder, name)
         if not path.is_file():
             raise FileNotFoundError(f"{line}: the features {path} aren't there.")
         try:
-            with path.open("rb") as file:
-                stored = np.load(file, allow_pickle=False)
-                archive = not isinstance(stored, np.ndarray)
-                if archive and self.key not in stored:
-                    names = ", ".join(map(repr, stored.files))
-                    raise KeyError(f"{line}: {path} has no array {self.key!r}, but {names}.")
-                rows = stored[self.key] if archive else stored
-        except KeyError as error:
-            raise ValueError(error.args[0]) from error
+            if not zipfile.is_zipfile(path):
+                with path.open("rb") as file:
+                    return read(file)
+            with zipfile.ZipFile(path) as archive:
+                arrays = [member.removesuffix(".npy") for member in archive.namelist()]
+                if self.key in arrays:
+                    with archive.open(f"{self.key}.npy") as file:
+                        return read(file)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{line}: {path} can't be read as {path.suffix[1:]}: {error}") from error
-        if rows.ndim != 2 or rows.shape[1] != self.size or not len(rows):
-            raise ValueError(f"{line}: {path} holds {rows.shape}, expected (rows, {self.size}).")
-        if not np.isfinite(rows).all():
-            raise ValueError(f"{line}: {path} holds numbers that aren't finite.")
-        return rows.astype(np.float32)
+        raise ValueError(f"{line}: {path} has no array {self.key!r}, but {', '.join(map(repr, arrays))}.")
+
+    def _check(self, shape: tuple[int, ...], folder: Path, name: str, line: str) -> None:
+        if len(shape) != 2 or shape[1] != self.size or not shape[0]:
+            raise ValueError(f"{line}: {self._path(folder, name)} holds {shape}, expected (rows, {self.size}).")
+
+
+def _read_shape(file: BinaryIO) -> tuple[int, ...]:
+    read = np.lib.format.read_array_header_1_0
+    if np.lib.format.read_magic(file) != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape: tuple[int, ...] = read(file)[0]
+    return shape
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Features of one video, read from their files whenever `np.asarray` asks: a whole set doesn't fit into memory.
+
+    Attributes:
+        shape: `(rows, size)`.
+        load: reads them, float32.
+    """
+
+    shape: tuple[int, int]
+    load: Callable[[], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.load()
 
 
 @dataclass
@@ -71,7 +115,7 @@ class Sample:
     Attributes:
         name: what it is called in predictions: a query's id, or a video's.
         line: file and line that it comes from, for messages.
-        video: `(clips, size)`, float32.
+        video: `(clips, size)`, float32, read when it is used.
         seconds: length of the video.
         text: `(tokens, size)`, float32; None where there is no sentence.
         spans: what the sentence means, `(n, 2)`: centre and width as shares of the video; None where that isn't known.
@@ -81,7 +125,7 @@ class Sample:
 
     name: Any
     line: str
-    video: np.ndarray
+    video: StoredRows
     seconds: float
     text: np.ndarray | None = None
     spans: np.ndarray | None = None
@@ -132,37 +176,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def cut_to_shortest(rows: Sequence[np.ndarray], names: Sequence[str], line: str) -> list[np.ndarray]:
-    """Features of one video from several sources, and what goes with them, all as long as the shortest.
-
-    Args:
-        rows: `(length, ...)` each; the start is kept.
-        names: what each is, for messages.
-        line: what names the video, for messages.
-
-    Raises:
-        ValueError: if their lengths are more than two rows apart.
-    """
-    lengths = [len(each) for each in rows]
-    if max(lengths) - min(lengths) > ROWS_APART:
-        which = ", ".join(f"{name} {length}" for name, length in zip(names, lengths, strict=True))
-        raise ValueError(
-            f"{line}: the rows of one video differ by more than {ROWS_APART}: {which}. They aren't of the same video, "
-            "or were made at another rate."
-        )
-    return [each[: min(lengths)] for each in rows]
-
-
 def read_video(
     sources: Sequence[Source],
     folder: Path,
     name: str,
     line: str,
     *,
-    labels: Sequence[np.ndarray] = (),
+    labels: np.ndarray | None = None,
     most: int | None = None,
     epsilon: float | None = None,
-) -> tuple[np.ndarray, list[np.ndarray]]:
+    endpoints: bool = False,
+) -> tuple[StoredRows, np.ndarray]:
     """A video's features side by side, and labels of the same clips, cut to the shortest of all.
 
     Args:
@@ -170,19 +194,50 @@ def read_video(
         folder: the data folder.
         name: of the video.
         line: what names it, for messages.
-        labels: `(clips, ...)` each.
+        labels: `(clips, ...)`; none by default.
         most: clips that are read of each source; all by default.
         epsilon: scale the rows of each source to length 1, by x / (norm + epsilon); as they are by default.
+        endpoints: append where each clip starts and ends, as shares of all.
 
     Returns:
-        `(clips, sum of sizes)`, and the labels.
+        `(clips, sum of sizes)`, two more with endpoints, and the labels.
+
+    Raises:
+        FileNotFoundError: if a file isn't there.
+        ValueError: if one isn't as its source says, or their lengths are more than two rows apart.
     """
-    rows = [source.read(folder, name, line)[:most] for source in sources]
+    counts = {str(folder / source.path.format(name=name)): source.count(folder, name, line) for source in sources}
+    if labels is not None:
+        counts["labels"] = len(labels)
+    counts = {what: min(count, most or count) for what, count in counts.items()}
+    length = min(counts.values())
+    if max(counts.values()) - length > ROWS_APART:
+        which = ", ".join(f"{what} {count}" for what, count in counts.items())
+        raise ValueError(
+            f"{line}: the rows of one video differ by more than {ROWS_APART}: {which}. They aren't of the same video, "
+            "or were made at another rate."
+        )
+    load = partial(_load, tuple(sources), folder, name, line, length, epsilon, endpoints)
+    size = sum(source.size for source in sources) + 2 * endpoints
+    return StoredRows((length, size), load), np.zeros(0) if labels is None else labels[:length]
+
+
+def _load(
+    sources: Sequence[Source],
+    folder: Path,
+    name: str,
+    line: str,
+    length: int,
+    epsilon: float | None,
+    endpoints: bool,
+) -> np.ndarray:
+    rows = [source.read(folder, name, line)[:length] for source in sources]
     if epsilon is not None:
         rows = [of_length_one(each, epsilon) for each in rows]
-    names = [str(folder / source.path.format(name=name)) for source in sources] + ["labels"] * len(labels)
-    cut = cut_to_shortest([*rows, *(label[:most] for label in labels)], names, line)
-    return np.concatenate(cut[: len(rows)], axis=1), cut[len(rows) :]
+    if endpoints:
+        edges = np.arange(length + 1, dtype=np.float32) / length
+        rows += [edges[:-1, None], edges[1:, None]]
+    return np.concatenate(rows, axis=1)
 
 
 def of_length_one(rows: np.ndarray, epsilon: float = 1e-5) -> np.ndarray:
@@ -194,9 +249,3 @@ def spans_of(windows: Sequence[Sequence[float]], seconds: float) -> np.ndarray:
     """Windows `(n, 2)` in seconds as centres and widths, shares of a length in seconds: `(n, 2)`, float32."""
     start, end = np.array(windows, dtype=np.float32).T / np.float32(seconds)
     return np.stack([(start + end) / 2, end - start], axis=1)
-
-
-def with_endpoints(rows: np.ndarray) -> np.ndarray:
-    """Rows `(n, size)` with where each starts and ends, as shares of all: `(n, size + 2)`."""
-    edges = np.arange(len(rows) + 1, dtype=np.float32) / len(rows)
-    return np.concatenate([rows, edges[:-1, None], edges[1:, None]], axis=1)

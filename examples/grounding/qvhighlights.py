@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import Sample, Source, of_length_one, read_json_lines, read_video, spans_of, with_endpoints
+from .files import Sample, Source, of_length_one, read_json_lines, read_video, spans_of
 from .metrics import CLIP_SECONDS, WORKERS
 
 
@@ -55,15 +55,15 @@ def read_qvhighlights(
             raise ValueError(f"{line}: qid {entry['qid']} is in {seen[entry['qid']]} already.")
         seen[entry["qid"]] = line
         ratings = _ratings(entry)
-        features, (ratings,) = read_video(
-            video, folder, entry["vid"], line, labels=[ratings], most=MOST_CLIPS, epsilon=EPSILON
+        features, ratings = read_video(
+            video, folder, entry["vid"], line, labels=ratings, most=MOST_CLIPS, epsilon=EPSILON, endpoints=True
         )
         known = "relevant_windows" in entry
         samples.append(
             Sample(
                 entry["qid"],
                 line,
-                with_endpoints(features),
+                features,
                 float(entry["duration"]),
                 of_length_one(text.read(folder, str(entry["qid"]), line)[:MOST_TOKENS], EPSILON),
                 # As Moment-DETR: shares of the clips in training, of the duration when moments are predicted.

@@ -41,7 +41,7 @@ class MomentCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Tensors `(batch, longest, ...)`; labels that no sample has are left out."""
-        video, video_mask = _padded([sample.video for sample in samples])
+        video, video_mask = _padded([np.asarray(sample.video) for sample in samples])
         batch = {"video_features": video, "video_mask": video_mask}
         words = video_mask.new_zeros(len(samples), 0)
         if samples[0].text is not None:

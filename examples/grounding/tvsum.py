@@ -51,7 +51,7 @@ def read_tvsum(
     for name in read_split(folder / SPLITS, domain, split, set(records)):
         line = f"{path}, video {name!r}"
         importance = _importance(records[name], line)
-        features, (importance,) = read_video(video, folder, name, line, labels=[importance])
+        features, importance = read_video(video, folder, name, line, labels=importance)
         saliency = (importance.mean(1) - LOWEST) / (HIGHEST - LOWEST)
         seconds = float(CLIP_SECONDS * len(importance))
         words = text.read(folder, name, line)

@@ -46,7 +46,7 @@ def read_youtube_highlights(
     for name in read_split(folder / SPLITS, domain, split, set(records)):
         line = f"{path}, video {name!r}"
         match = _match(records[name], line)
-        features, (match,) = read_video(video, folder, name, line, labels=[match])
+        features, match = read_video(video, folder, name, line, labels=match)
         truth = {"labels": (match > 0).astype(int).tolist()}
         seconds = _seconds(records[name], len(match), line)
         saliency = (match > 0).astype(np.float32)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from grounding.files import Source
+from grounding.files import Source, StoredRows, read_video
 
 
 SPLITS = {"train": "sum_train", "validation": "sum_cv", "test": "sum_devtest"}
@@ -33,7 +33,7 @@ class SummarySample:
     """
 
     name: str
-    video: np.ndarray
+    video: np.ndarray | StoredRows
     transcript: str
     summary: str
 
@@ -70,7 +70,8 @@ def read_how2(folder: Path, split: str, video: Source = VIDEO) -> list[SummarySa
         if name in seen:
             raise ValueError(f"{line}: video {name!r} is in {seen[name]} already.")
         seen[name] = line
-        samples.append(SummarySample(name, video.read(folder, name, line)[:MOST_ROWS], transcript, summary))
+        rows = read_video([video], folder, name, line, most=MOST_ROWS)[0]
+        samples.append(SummarySample(name, rows, transcript, summary))
     return samples
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -35,12 +36,12 @@ class SummaryCollator:
         self, tokenizer: PreTrainedTokenizerBase, noise: float = 0.0, samples: Sequence[SummarySample] = ()
     ) -> None:
         self.tokenizer = tokenizer
-        rows = [torch.from_numpy(sample.video) for sample in samples] if noise else []
+        rows = [torch.from_numpy(np.asarray(sample.video)) for sample in samples] if noise else []
         self.noise = noise * torch.cat(rows).std(0) if rows else torch.zeros(())
 
     def __call__(self, samples: Sequence[SummarySample]) -> dict[str, Tensor]:
         """Tensors `(batch, longest, ...)`; without a transcript in any sample, `input_ids` are left out."""
-        frames = [torch.from_numpy(sample.video) for sample in samples]
+        frames = [torch.from_numpy(np.asarray(sample.video)) for sample in samples]
         features = pad_sequence(frames, batch_first=True)
         frame_mask = _mask([len(each) for each in frames])
         batch = {"frame_features": features + self.noise * torch.randn_like(features), "frame_mask": frame_mask}

@@ -49,7 +49,7 @@ class TinyTask(GroundingTask):
             labels = (features[:, 0] > 0).float()
             labels[0] = 1
             asked, events = np.ones(len(labels)), np.arange(len(labels))
-            query = {"input_ids": [2, 5, 3], "word_mask": [0, 1, 0]}
+            query = {"input_ids": [2, int(rng.integers(5, 30)), 3], "word_mask": [0, 1, 0]}
             return query | {"frame_features": features, "labels": labels, "asked": asked, "events": events}
 
         return {split: [example() for _ in range(n)] for split, n in (("train", 8), ("validation", 4), ("test", 4))}
@@ -85,6 +85,7 @@ def test_a_method_trains_what_it_says(tmp_path, method):
         "saliency_head.weight",
         "saliency_head.bias",
     }
+    assert ("frame_projection.weight" in trained) == (METHODS[method].pvla is not None)
     if METHODS[method].config is not None:
         prefix = METHODS[method].config().peft_type.value.lower()
         assert len(trained) > 2
@@ -100,6 +101,15 @@ def test_a_method_trains_what_it_says(tmp_path, method):
             "frame_projection.weight",
             "frame_projection.bias",
         }
+
+
+def test_pvla_is_in_the_loss_of_its_method(tmp_path, monkeypatch):
+    """The same run with a weight of 0 ends elsewhere."""
+    task, cell = TinyTask("positions", tmp_path), Cell("positions", "read-pvla", 8, 2, 0, 1e-2)
+    with_it = run(task, cell, tmp_path / "out")["losses"]
+    assert METHODS["read-pvla"].pvla
+    monkeypatch.setitem(METHODS, "read-pvla", replace(METHODS["read-pvla"], pvla={"pvla_weight": 0.0}))
+    assert run(task, cell, tmp_path / "out")["losses"] != with_it
 
 
 @OLD_NAME
@@ -124,18 +134,22 @@ def test_prompts_leave_the_model_s_interface(tmp_path, method):
     assert not torch.allclose(together, logits(examples), atol=1e-3)
 
 
-def test_every_method_of_the_plan_has_one_grid_and_all_seeds(tmp_path):
-    """Rates come from validation scores of one seed; the first setting comes first."""
-    cells = grid("positions", ["lora", "head"])
-    assert len(cells) == 2 * len(RATES)
-    assert {(cell.rate, cell.seed) for cell in cells} == {(rate, GRID_SEED) for rate in RATES}
+@pytest.mark.parametrize(("best", "tries"), [(3e-3, 3), (1e-2, 4), (3e-2, 4), (3e-4, 4)])
+def test_a_rate_is_better_than_those_beside_it(tmp_path, best, tries):
+    """By validation scores of one seed, from the middle of the grid, as far as it takes."""
     store = Store(tmp_path)
-    for number, cell in enumerate(cells[:-1]):
-        assert cell not in store
-        store.write(cell, {"validation": {"mAP": number % 7}, "test": {"mAP": 100 - number}})
-    rates = chosen_rates(store, "positions", ["lora", "head"], "mAP")
-    best = max((c for c in cells[:-1] if c.method == "lora"), key=lambda c: store.read(c)["validation"]["mAP"])
-    assert rates == {"lora": best.rate}  # the head's grid isn't complete
+    while cells := grid(store, "positions", ["lora"], "mAP"):
+        for cell in cells:
+            assert (cell.seed, cell.videos, cell.steps) == (GRID_SEED, 100, 200)
+            distance = abs(RATES.index(cell.rate) - RATES.index(best))
+            store.write(cell, {"validation": {"mAP": -distance}, "test": {"mAP": distance}})
+    assert len(store.all()) == tries
+    assert chosen_rates(store, "positions", ["lora", "head"], "mAP") == {"lora": best}
+    assert len(grid(store, "set", ["lora", "head"], "mAP")) == 2 * 3  # of another panel
+
+
+def test_the_plan_has_all_methods_of_a_seed_before_the_next():
+    """And the first setting first: a table that is cut is whole on fewer bases."""
     plan = list(finals("positions", {"lora": 1e-3, "head": 1e-2}, [(100, 200), (25, 200)], [0, 1]))
     assert [(cell.videos, cell.seed, cell.method) for cell in plan[:4]] == [
         (100, seed, method) for seed in (0, 1) for method in ("lora", "head")
@@ -168,9 +182,9 @@ def test_a_table_is_made_of_the_chosen_rate_alone():
 def test_a_whole_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     """Bases, grid, settings, memory, table and picture; nothing is run twice."""
     monkeypatch.setattr(low_resource_comparison, "GroundingTask", TinyTask)
-    monkeypatch.setattr("comparison.cells.GRID_VIDEOS", 8)
-    monkeypatch.setattr("comparison.cells.GRID_STEPS", 2)
-    monkeypatch.setattr("comparison.cells.RATES", (1e-3, 1e-2))
+    for module in ("comparison.cells", "low_resource_comparison"):
+        for name, value in {"GRID_VIDEOS": 8, "GRID_STEPS": 2, "RATES": (1e-3, 1e-2)}.items():
+            monkeypatch.setattr(f"{module}.{name}", value)
     monkeypatch.setattr(low_resource_comparison, "ProcessPoolExecutor", Here)
     command = [
         "x",

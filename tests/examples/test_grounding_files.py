@@ -25,10 +25,10 @@ def test_qvhighlights_as_moment_detr_prepares_it(tmp_path):
         np.load(folder / f"{name}_features/abc_-d_60.0_210.0.npz")["features"] for name in ("slowfast", "clip")
     )
     assert sample.video.shape == (75, 2818)
-    assert sample.video.dtype == np.float32
+    assert np.asarray(sample.video).dtype == np.float32
     expected = np.concatenate([unit(slowfast[:75], 1e-5), unit(clip[:75], 1e-5)], axis=1)
-    assert np.allclose(sample.video[:, :2816], expected, atol=1e-6)
-    assert np.allclose(sample.video[[0, 74], 2816:], [[0, 1 / 75], [74 / 75, 1]])
+    assert np.allclose(np.asarray(sample.video)[:, :2816], expected, atol=1e-6)
+    assert np.allclose(np.asarray(sample.video)[[0, 74], 2816:], [[0, 1 / 75], [74 / 75, 1]])
     text = np.load(folder / "clip_text_features/qid7.npz")["last_hidden_state"]
     assert np.allclose(sample.text, unit(text[:32].astype(np.float32), 1e-5), atol=1e-6)
     assert sample.spans.tolist() == pytest.approx(np.array([[13 / 150, 6 / 150], [42 / 150, 4 / 150]]))
@@ -100,7 +100,17 @@ def test_a_bad_feature_file_is_named(tmp_path, content, message):
     folder = write_qvhighlights(tmp_path)
     spoil(folder / "clip_features" / "abc_-d_60.0_210.0.npz", content)
     with pytest.raises(ValueError, match=rf"train_release\.jsonl:1: .*{message}"):
-        read_qvhighlights(folder, "train")
+        np.asarray(read_qvhighlights(folder, "train")[0].video)
+
+
+def test_features_stay_on_disk(tmp_path):
+    """A whole set doesn't fit into memory: rows are read when they are used, and lengths are known before."""
+    sample = read_qvhighlights(write_qvhighlights(tmp_path), "train")[0]
+    before = np.asarray(sample.video)
+    (tmp_path / "clip_features" / "abc_-d_60.0_210.0.npz").unlink()
+    assert sample.video.shape == before.shape
+    with pytest.raises(FileNotFoundError, match=r"train_release\.jsonl:1: the features .* aren't there"):
+        np.asarray(sample.video)
 
 
 def test_a_file_that_is_no_annotations(tmp_path):
@@ -138,7 +148,7 @@ def test_youtube_highlights_as_umt_prepares_it(tmp_path):
     sample = read_youtube_highlights(folder, "dog", "train")[0]
     halves = [np.load(folder / f"video_features/dog0_{half}.npy")[:3] for half in ("rgb", "opt")]
     expected = np.concatenate([*halves, np.load(folder / "audio_features/dog0.npy")], axis=1)
-    assert np.allclose(sample.video, expected)
+    assert np.allclose(np.asarray(sample.video), expected)
     assert sample.saliency.tolist() == sample.truth["labels"] == [0, 0, 1]
     assert sample.seconds == 12
     assert sample.text is None
@@ -203,7 +213,7 @@ def test_charades_as_umt_prepares_it(tmp_path):
     first, second = read_charades_sta(folder, "train")
     rgb, audio = (np.load(folder / f"{kind}_features/AAAAA.npy") for kind in ("rgb", "audio"))
     expected = np.concatenate([unit(rgb[:24], 1e-12), unit(audio[:24], 1e-12)], axis=1)
-    assert np.allclose(first.video, expected, atol=1e-6)
+    assert np.allclose(np.asarray(first.video), expected, atol=1e-6)
     assert first.seconds == pytest.approx(4)
     assert first.truth["window"] == [1.5, 3.0]
     assert first.spans[0].tolist() == pytest.approx([2.25 / 4, 1.5 / 4])

@@ -90,7 +90,7 @@ def test_token_masks_are_those_of_the_sequence():
     model(**without_masks(batch))
     for row, sample in enumerate(samples):
         states = given["inputs_embeds"][row]
-        clips, words = torch.from_numpy(sample.video), torch.from_numpy(sample.text)
+        clips, words = torch.from_numpy(np.asarray(sample.video)), torch.from_numpy(sample.text)
         assert torch.allclose(states[batch["video_token_mask"][row]], model.video_projection(clips), atol=1e-5)
         assert torch.allclose(states[batch["text_token_mask"][row]], model.text_projection(words), atol=1e-5)
 
