@@ -95,8 +95,8 @@ def _limits(results: dict[str, Any]) -> str:
         if means[best] > means["read-gru"]:
             behind.append(f"{TASKS[panel].lower()} ({METHODS[best].label})")
     return (
-        f"- READ isn't first in: {', '.join(behind) or 'none of these'}. Videos are synthetic, bases small; none of the "
-        "paper's own results is rerun: [tables, picture, limits](examples/results/README.md)."
+        f"- READ isn't first in: {', '.join(behind) or 'none of these'}. Videos are synthetic, bases small; none of "
+        "the paper's own results is rerun: [tables, picture, limits](examples/results/README.md)."
     )
 
 
