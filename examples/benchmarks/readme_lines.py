@@ -36,12 +36,23 @@ def pages() -> dict[Path, str]:
     """Each page as the results make it."""
     bases = json.loads((RESULTS / "remade_bases.json").read_text(encoding="utf-8"))
     results = json.loads((RESULTS / "low_resource.json").read_text(encoding="utf-8"))
-    lines = [_first_example(bases), *(_panel(results, panel) for panel in TASKS), _limits(results)]
+    lines = [_first_example(bases), *(_panel(results, panel) for panel in _told(results)), _limits(results)]
     measured = f"{_made_on(bases)}\n\n{bases_table(bases['runs'])}\n\n{_made_on(results)}\n\n{tables(results)}"
     return {
         page: _fill(page.read_text(encoding="utf-8"), text)
         for page, text in ((EXAMPLES.parent / "README.md", "\n".join(lines)), (RESULTS / "README.md", measured))
     }
+
+
+def _told(results: dict[str, Any]) -> list[str]:
+    """The panels of which enough was run: READ with both cells, and a peer."""
+    found = {panel: _means(results, panel)[1].keys() for panel in TASKS if panel in results["panels"]}
+    ours = {"read-gru", "read-rnn"}
+    return [panel for panel, methods in found.items() if ours <= methods and any(map(_is_peer, methods))]
+
+
+def _is_peer(method: str) -> bool:
+    return not method.startswith("read-")
 
 
 def _fill(page: str, text: str) -> str:
@@ -89,7 +100,7 @@ def _panel(results: dict[str, Any], panel: str) -> str:
 def _limits(results: dict[str, Any]) -> str:
     """Where READ is behind a peer, and what nothing of this shows."""
     behind = []
-    for panel in results["panels"]:
+    for panel in _told(results):
         means = _means(results, panel)[1]
         best = _best_peer(means)
         if means[best] > means["read-gru"]:
@@ -108,7 +119,7 @@ def _means(results: dict[str, Any], panel: str) -> tuple[dict[str, list[dict[str
 
 
 def _best_peer(means: dict[str, float]) -> str:
-    return max((method for method in means if not method.startswith("read-")), key=means.__getitem__)
+    return max(filter(_is_peer, means), key=means.__getitem__)
 
 
 def main() -> None:
