@@ -71,7 +71,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=quiet) as pool:
         for panel in args.panels:
-            wait(pool, [(make, (panel, seed, args.work)) for seed in args.seeds], deadline)
+            wait(pool, [(make, (panel, seed, args.work)) for seed in sorted({GRID_SEED, *args.seeds})], deadline)
             methods, metric = methods_of(panel, args.methods), make_task(panel, args.work).metric
             while (missing := grid(store, panel, methods, metric)) and time.time() < deadline:
                 wait(pool, [(run_and_store, (cell, args.work)) for cell in missing], deadline)
@@ -151,7 +151,11 @@ def wait(pool: ProcessPoolExecutor, tasks: Sequence[tuple[Any, tuple[Any, ...]]]
     """Run functions in a pool; what hasn't begun at the deadline is left out."""
     futures = [pool.submit(_unless_late, deadline, function, arguments) for function, arguments in tasks]
     for number, future in enumerate(futures, start=1):
-        future.result()
+        try:
+            future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         print(f"{number} of {len(futures)}: {tasks[number - 1][1][0]}", flush=True)
 
 

@@ -1,6 +1,8 @@
 """The comparison of methods: its peers, its plan, its results on disk, its tables, and a whole run on a tiny task."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import low_resource_comparison
@@ -39,7 +41,7 @@ class TinyTask(GroundingTask):
     """Which frames are large? A text model of two small blocks, and examples of random lengths."""
 
     def make(self, seed):
-        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / str(seed)).mkdir(parents=True, exist_ok=True)
 
     def examples(self, seed):
         rng = np.random.default_rng(seed)
@@ -194,13 +196,15 @@ def test_a_whole_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
         "head",
         "read-gru",
         "--seeds",
-        "0",
         "1",
+        "2",
         "--settings",
         "8x2",
         "4x2",
+        "--jobs",
+        "1",
     ]
-    command += ["--jobs", "1", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.json")]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.json")]
     monkeypatch.setattr("sys.argv", command)
     low_resource_comparison.main()
     said = capsys.readouterr().out
@@ -208,12 +212,24 @@ def test_a_whole_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     assert "| READ, GRU |" in said
     assert "positions: who doesn't see the order scores" in said
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert len(results["runs"]) == 2 * 2 + 2 * (1 + 2)
+    assert len(results["runs"]) == 2 * 2 + 2 * 4  # rates are chosen on a seed of their own
+    assert {folder.name for folder in (tmp_path / "work" / "made").iterdir()} == {"0", "1", "2"}
     assert results["memory"]["positions"].keys() == {"head", "read-gru"}
     assert (tmp_path / "results.png").stat().st_size > 5000
     monkeypatch.setattr(low_resource_comparison, "run", None)  # would fail if anything were run again
     low_resource_comparison.main()
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["runs"] == results["runs"]
+
+
+def test_a_run_that_fails_ends_the_rest():
+    """What waits in the pool is dropped, so that the error shows at once."""
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ZeroDivisionError),
+    ):
+        low_resource_comparison.wait(pool, [(divmod, (1, 0)), *[(time.sleep, (0.2,))] * 100], float("inf"))
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(divmod, 1, 1)
 
 
 class Here:
