@@ -190,6 +190,13 @@ def test_an_edit_stays_as_it_is_and_the_rest_is_renewed(tmp_path, edit):
         assert text.count("\n## Limits\n") == 1
 
 
+def test_the_library_is_ours_to_say(tmp_path):
+    """The Hub loads the files by it: an edit of this one field doesn't stay."""
+    text = saved(tmp_path)
+    tmp_path.joinpath("README.md").write_text(text.replace("library_name: peft", "library_name: transformers"))
+    assert saved(tmp_path) == text
+
+
 def test_peft_s_own_hook_writes_the_card(tmp_path):
     """Where PEFT's users call it themselves, before anything is saved."""
     adapted("bert").create_or_update_model_card(tmp_path)
