@@ -46,6 +46,7 @@ from comparison.summaries import SummaryTask
 
 
 PANELS = ("positions", "set", "summaries")
+SEEDS = (0, 1, 2, 3, 4)
 SETTINGS = (
     (100, 200),
     (100, 400),
@@ -100,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=list(PANELS), help="tasks to run")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="each with a base of its own")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="each with a base of its own")
     parser.add_argument(
         "--settings",
         nargs="+",
@@ -199,7 +200,7 @@ def measure_memory(args: argparse.Namespace, deadline: float) -> None:
 
 def collect(args: argparse.Namespace, store: Store) -> dict[str, Any]:
     """All that the tables are made of."""
-    runs, panels = store.all(), {}
+    runs, panels = [run for run in store.all() if run["panel"] in args.panels], {}
     memory = args.work / "memory.json"
     for panel in args.panels:
         task = make_task(panel, args.work)
@@ -211,13 +212,23 @@ def collect(args: argparse.Namespace, store: Store) -> dict[str, Any]:
         oracle = [task.oracle(seed) for seed in there]
         panels[panel] = {"metrics": [task.metric, task.second_metric], "oracle": oracle}
     return {
-        "command": "python examples/low_resource_comparison.py",
+        "command": command(args),
         "machine": describe_machine(),
         "settings": args.settings,
         "panels": panels,
         "memory": json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {},
         "runs": runs,
     }
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command that makes these results, without its folders."""
+    options = {"panels": PANELS, "methods": tuple(METHODS), "seeds": SEEDS}
+    chosen = {name: getattr(args, name) for name, usual in options.items() if tuple(getattr(args, name)) != usual}
+    if args.settings != list(SETTINGS):
+        chosen["settings"] = [f"{videos}x{steps}" for videos, steps in args.settings]
+    parts = [f"--{name} {' '.join(map(str, values))}" for name, values in chosen.items()]
+    return " ".join(["python examples/low_resource_comparison.py", *parts])
 
 
 def tables(results: dict[str, Any]) -> str:

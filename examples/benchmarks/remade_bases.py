@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/remade_bases"), help="folder for what is made")
     parser.add_argument("--results", type=Path, default=EXAMPLES / "results" / "remade_bases.json", help="the results")
     args = parser.parse_args()
-    results = {"command": "python examples/benchmarks/remade_bases.py", "machine": describe_machine(), "runs": []}
+    results: dict[str, Any] = {"command": "", "machine": describe_machine(), "runs": []}
     if args.results.is_file():
         results = json.loads(args.results.read_text(encoding="utf-8"))
     runs = results["runs"]
@@ -45,10 +45,19 @@ def main() -> None:
         for seed in args.seeds:
             if not any((run["seed"], run["threads"]) == (seed, threads) for run in runs):
                 runs.append({"seed": seed, "threads": threads} | run_example(args.work, seed, threads))
+                results["command"] = command(runs)
                 args.results.parent.mkdir(parents=True, exist_ok=True)
                 args.results.write_text(json.dumps(results, indent=1), encoding="utf-8")
                 print(runs[-1], flush=True)
     print(table(runs))
+
+
+def command(runs: Sequence[dict[str, Any]]) -> str:
+    """The command that makes these results."""
+    seeds, threads = (
+        " ".join(str(each) for each in sorted({run[key] for run in runs})) for key in ("seed", "threads")
+    )
+    return f"python examples/benchmarks/remade_bases.py --seeds {seeds} --threads {threads}"
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:

@@ -214,6 +214,7 @@ def test_a_whole_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert len(results["runs"]) == 2 * 2 + 2 * 4  # rates are chosen on a seed of their own
     assert {folder.name for folder in (tmp_path / "work" / "made").iterdir()} == {"0", "1", "2"}
+    assert results["command"].endswith("--panels positions --methods head read-gru --seeds 1 2 --settings 8x2 4x2")
     assert results["memory"]["positions"].keys() == {"head", "read-gru"}
     assert (tmp_path / "results.png").stat().st_size > 5000
     monkeypatch.setattr(low_resource_comparison, "run", None)  # would fail if anything were run again
