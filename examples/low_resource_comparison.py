@@ -153,16 +153,22 @@ def wait(pool: ProcessPoolExecutor, tasks: Sequence[tuple[Any, tuple[Any, ...]]]
     futures = [pool.submit(_unless_late, deadline, function, arguments) for function, arguments in tasks]
     for number, future in enumerate(futures, start=1):
         try:
-            future.result()
+            begun = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        if not begun:
+            print(f"The time is up: {len(futures) - number + 1} of {len(futures)} are left out.", flush=True)
+            break
         print(f"{number} of {len(futures)}: {tasks[number - 1][1][0]}", flush=True)
 
 
-def _unless_late(deadline: float, function: Any, arguments: tuple[Any, ...]) -> None:
-    if time.time() < deadline:
-        function(*arguments)
+def _unless_late(deadline: float, function: Any, arguments: tuple[Any, ...]) -> bool:
+    """Call a function, unless the deadline is past; says whether it did."""
+    if time.time() > deadline:
+        return False
+    function(*arguments)
+    return True
 
 
 def make(panel: str, seed: int, work: Path) -> None:

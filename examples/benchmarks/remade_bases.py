@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         maps, heads = [run["read"]["mAP"] for run in some], [run["head"]["mAP"] for run in some]
         by_base = ", ".join(f"{value:.1f}" for value in maps)
         cells = [f"{statistics.median(maps):.1f} ({min(maps):.1f})", by_base, f"{statistics.median(heads):.1f}"]
-        cells.append(f"{statistics.median(run['cpu_seconds'] for run in some):.0f}")
+        timed = [run["cpu_seconds"] for run in some if "cpu_seconds" in run]
+        cells.append(f"{statistics.median(timed):.0f}" if timed else "-")
         lines.append(f"| {threads} | {len(some)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -77,6 +79,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def run_example(work: Path, seed: int, threads: int) -> dict[str, object]:
     """The example from nothing in a new process: its results, and how long it took."""
     folder = work / f"{seed}-{threads}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
     environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, str(SCRIPT), "--seed", str(seed)]
     command += ["--cache", str(folder / "made"), "--output", str(folder / "out")]

@@ -233,6 +233,14 @@ def test_a_run_that_fails_ends_the_rest():
         pool.submit(divmod, 1, 1)
 
 
+def test_nothing_begins_after_the_deadline(capsys):
+    done = []
+    with ThreadPoolExecutor(1) as pool:
+        low_resource_comparison.wait(pool, [(done.append, (1,)), (done.append, (2,))], time.time() - 1)
+    assert not done
+    assert "The time is up: 2 of 2 are left out" in capsys.readouterr().out
+
+
 class Here:
     """A pool that runs things where they are asked for."""
 
