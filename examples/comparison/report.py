@@ -84,8 +84,8 @@ def draw(
     for row, panel in zip(axes, panels, strict=True):
         metric = metrics[panel]
         runs = of_setting(results, panel, videos, steps)
-        for number, (method, some) in enumerate(runs.items()):
-            style = {"color": plt.get_cmap("tab20")(number), "label": METHODS[method].label}
+        for method, some in runs.items():
+            style = {"color": plt.get_cmap("tab20")(list(METHODS).index(method)), "label": METHODS[method].label}
             _draw_weights(row[0], some, metric, style)
             _draw_videos(row[1], results, panel, method, steps, metric, style)
             steps_seen = [step for step, _ in some[0]["validation_curve"]]
@@ -94,7 +94,7 @@ def draw(
         row[0].set(xscale="log", xlabel="trained weights", ylabel=f"test {metric}", title=f"{panel}: {videos} videos")
         row[1].set(xscale="log", xlabel="training videos", title=f"{panel}: {steps} steps")
         row[2].set(xlabel="steps", ylabel=f"validation {metric}", title=f"{panel}: learning curves")
-    axes[0, 2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        row[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
