@@ -104,7 +104,7 @@ def _limits(results: dict[str, Any]) -> str:
         means = _means(results, panel)[1]
         best = _best_peer(means)
         if means[best] > means["read-gru"]:
-            behind.append(f"{TASKS[panel].lower()} ({METHODS[best].label})")
+            behind.append(f"{panel} ({METHODS[best].label})")
     return (
         f"- READ isn't first in: {', '.join(behind) or 'none of these'}. Videos are synthetic, bases small; none of "
         "the paper's own results is rerun: [tables, picture, limits](examples/results/README.md)."
