@@ -121,6 +121,39 @@ TABLE = [
         },
     ),
     *names(
+        LOADING,
+        "peft",
+        {
+            "PeftModel.from_pretrained": ("model", "model_id", "adapter_name", "is_trainable", "config"),
+            "PeftModel.load_adapter": ("self", "model_id", "adapter_name"),
+            "PeftConfig._get_peft_type": ("model_id",),
+        },
+    ),
+    *names(LOADING, "peft.utils", {"ModulesToSaveWrapper": None}),
+    *names(LOADING, "peft.utils.save_and_load", {"load_peft_weights": ("model_id", "device")}),
+    *names(
+        "transformers' own load_adapter",
+        "transformers.integrations.peft",
+        {"PeftAdapterMixin.load_adapter": ("self", "peft_model_id", "adapter_name")},
+    ),
+    *names(
+        "transformers' own load_adapter",
+        "transformers.utils.loading_report",
+        {
+            "LoadStateDictInfo": (
+                "missing_keys",
+                "unexpected_keys",
+                "mismatched_keys",
+                "error_msgs",
+                "conversion_errors",
+            )
+        },
+    ),
+    *names("adapters of sharded models", "torch.distributed.tensor", {"DTensor": None}),
+    *names("adapters per row with modules of each", "torch.utils._pytree", {"tree_map": ("func", "tree")}),
+    *names("offloaded bases", "accelerate.hooks", {"SequentialHook": None}),
+    *names("offloaded bases", "peft.utils.other", {"TrainableTokensWrapper": None}),
+    *names(
         CARDS,
         "peft",
         {
@@ -216,6 +249,7 @@ TABLE = [
     *names("linear layers of GPT-2", "transformers.pytorch_utils", {"Conv1D": ("nf", "nx")}),
     *names("activations by name", "transformers.activations", {"ACT2FN": None}),
     *names("hidden states of towers in lockstep", "transformers.utils.output_capturing", {"_active_collector": None}),
+    *names("outputs of TrimodalModel", "transformers.modeling_outputs", {"BaseModelOutput": None}),
     *names("outputs of TrimodalModel", "transformers.utils.generic", {"ModelOutput": None, "can_return_tuple": None}),
     *names("TrimodalProcessor on the Hub", "transformers.utils.hub", {"PushToHubMixin": None}),
     *names("TrimodalProcessor on the Hub", "transformers.utils", {"PROCESSOR_NAME": None}),
