@@ -15,12 +15,14 @@ from ..forward.call import RunningForward
 from ..forward.context import ForwardContext
 from ..forward.decoding import LeftStates, state_before
 from ..forward.description import description_of, descriptions
+from ..forward.frames import FrameRows, frames_of
 from ..forward.packing import described_starts, starts_of
 from ..forward.padding import described_padding, padding_of, reads_a_mask
 from ..precision import linear, weights_at_hand, without_autocast
 from ..recurrence.cells import State
 from ..recurrence.module import Recurrence
 from ..recurrence.packed import packed_states, unpack_state
+from ..tracing import is_tracing
 from ..tuners.base import AdapterLayer
 from .config import ReadConfig
 
@@ -35,6 +37,7 @@ class _Tokens:
         valid: `(rows, time)`, true where a token isn't padding; None if none is.
         starts: `(rows, time)`, true where a sequence begins that isn't the first of its row; None if there is none.
         running: the forward that they run through; None outside of one.
+        frames: which are which frame, where those of all samples lie in one axis.
     """
 
     batch: int
@@ -42,6 +45,7 @@ class _Tokens:
     valid: Tensor | None = None
     starts: Tensor | None = None
     running: RunningForward | None = None
+    frames: FrameRows | None = None
 
     def of_rows(self, rows: Tensor) -> _Tokens:
         """The same for some rows of the whole batch."""
@@ -63,6 +67,8 @@ class ReadLayer(AdapterLayer):
         module_name: the module's name in the adapted model, for messages.
         part: name of the part of that model whose mask counts where the model's own doesn't fit.
         around: the running calls of the models around that one, which may be given videos.
+        packed: of a tower whose output has the tokens of all samples in one axis, how many patches of a frame it
+            merges into one at its end (1: none); None for other models.
     """
 
     adapter_layer_names: tuple[str, ...] = ("read_downward", "read_recurrence", "read_upward")
@@ -80,6 +86,7 @@ class ReadLayer(AdapterLayer):
         module_name: str,
         part: str | None = None,
         around: Sequence[ForwardContext] = (),
+        packed: int | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -89,6 +96,7 @@ class ReadLayer(AdapterLayer):
         self.module_name = module_name
         self.part = part
         self.around = tuple(around)
+        self.packed = packed
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.num_frames: dict[str, int | None] = {}
@@ -149,6 +157,11 @@ class ReadLayer(AdapterLayer):
                 f"READ at {self.module_name} was made for {self.out_features} features, but this module's output has "
                 f"shape {tuple(hidden.shape)}. Target a module whose output ends in the model's width."
             )
+        if self.packed is not None and adapter_names is not None:
+            if not names:
+                return output
+            self._check_one_adapter(adapter_names)
+            names, adapter_names = names[:1], None
         x, tokens = self._tokens_and_call(hidden, names)
         if adapter_names is None:
             adapted = x
@@ -177,6 +190,14 @@ class ReadLayer(AdapterLayer):
                 adapted[rows] = x[rows] + self._delta(name, x[rows], tokens.of_rows(rows))
         return adapted
 
+    def _check_one_adapter(self, adapter_names: list[str]) -> None:
+        """Refuse several in one batch where a sample's rows can't be told from another's."""
+        if len(set(adapter_names)) > 1:
+            raise ValueError(
+                f"READ at {self.module_name} can't give each sample an adapter of its own: the patches of all samples "
+                "lie in one axis here. Run the samples of each adapter by themselves."
+            )
+
     def _delta(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
         """What adapter `name` adds to `x (..., dim)`."""
         down, up = cast(nn.Linear, self.read_downward[name]), cast(nn.Linear, self.read_upward[name])
@@ -191,8 +212,10 @@ class ReadLayer(AdapterLayer):
     def _recur(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
         """Run the recurrence over the tokens or over the frames of `x (batch, tokens, r)`."""
         cell, frames = cast(Recurrence, self.read_recurrence[name]), self.num_frames[name]
+        if tokens.frames is not None:
+            return self._recur_over_rows(cell, x, tokens.frames)
         if frames is not None:
-            return self._recur_over_frames(cell, frames, x, tokens.valid)
+            return self._recur_over_frames(cell, frames, x, tokens)
         if tokens.running is None:
             return cell(x, tokens.valid, starts=tokens.starts)
         call, left = tokens.running.call, tokens.running.left
@@ -227,9 +250,19 @@ class ReadLayer(AdapterLayer):
         every[rows] = states
         return every
 
-    def _recur_over_frames(self, cell: Recurrence, frames: int, x: Tensor, valid: Tensor | None) -> Tensor:
+    @staticmethod
+    def _recur_over_rows(cell: Recurrence, x: Tensor, frames: FrameRows) -> Tensor:
+        """Each place's state over the frames of its video, of packed `x (rows, r)`."""
+        states = [cell(x[rows]).flatten(0, 1) for rows in frames.groups]
+        return torch.cat(states)[frames.back]
+
+    def _recur_over_frames(self, cell: Recurrence, frames: int, x: Tensor, given: _Tokens) -> Tensor:
         """Each token position's state over the frames of its video: `(videos * frames, tokens, r)`."""
-        self._check_videos(frames, x.shape[0])
+        check, valid = partial(self._check_videos, frames, x.shape[0]), given.valid
+        if given.running is None or is_tracing():
+            check()
+        else:  # also for checkpoints, which compute a part of a tower again after the models around it have ended
+            given.running.once(("videos", frames, x.shape[0]), check)
         if x.shape[0] % frames:
             raise ValueError(
                 f"READ at {self.module_name} recurs over num_frames={frames} frames a video, which doesn't divide its "
@@ -267,6 +300,8 @@ class ReadLayer(AdapterLayer):
         if not recurrent and hidden.ndim != 2:
             return hidden, _Tokens(hidden.shape[0])
         running = self.context.running()
+        if recurrent and self.packed is not None:
+            return self._packed_rows(hidden, running)
         shape = running.call.tokens_shape if running is not None else None
         if hidden.ndim == 2 and shape is not None and shape[0] * shape[1] == hidden.shape[0]:
             hidden = hidden.unflatten(0, shape)  # some blocks (OPT's) flatten the rows around their feed-forward part
@@ -287,6 +322,17 @@ class ReadLayer(AdapterLayer):
         both_ways = any(cast(Recurrence, self.read_recurrence[name]).bidirectional for name in recurrent)
         starts = starts_of(running, shape, self.module_name, self.part, both_ways=both_ways)
         return hidden, _Tokens(hidden.shape[0], valid=valid, starts=starts, running=running)
+
+    def _packed_rows(self, hidden: Tensor, running: RunningForward | None) -> tuple[Tensor, _Tokens]:
+        """The output as `(rows, dim)`, and which rows are which frame."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if running is None:
+            raise RuntimeError(
+                f"READ at {self.module_name} runs outside of a call of its tower, so that it can't tell frames apart. "
+                "Call the tower, or the model around it."
+            )
+        frames = frames_of(running, self.around, rows, self.packed or 1, self.module_name)
+        return rows, _Tokens(rows.shape[0], running=running, frames=frames)
 
     def _described_tokens(self, shape: tuple[int, int]) -> _Tokens:
         """What is known of the tokens outside of a call of the model."""
