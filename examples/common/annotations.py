@@ -14,10 +14,10 @@ ANNOTATIONS = "annotations.jsonl"
 SPLITS = ("train", "validation", "test")
 
 
-def read_entries(folder: Path) -> list[tuple[dict[str, Any], str]]:
+def read_entries(folder: Path, texts: tuple[str, ...] = ("query",)) -> list[tuple[dict[str, Any], str]]:
     """The objects in `annotations.jsonl` of a data folder, each with its `path:line` for messages.
 
-    Every one has `video` (path of a file that is there, relative to the folder), `query` and `split`.
+    Every one has `video` (path of a file that is there, relative to the folder), `split`, and the texts named.
 
     Raises:
         FileNotFoundError: if the file, or a video that it names, isn't there.
@@ -29,21 +29,21 @@ def read_entries(folder: Path) -> list[tuple[dict[str, Any], str]]:
     entries = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if text.strip():
-            entries.append((_parse(text, folder, f"{path}:{number}"), f"{path}:{number}"))
+            entries.append((_parse(text, folder, f"{path}:{number}", texts), f"{path}:{number}"))
     missing = [split for split in SPLITS if not any(entry["split"] == split for entry, _ in entries)]
     if missing:
         raise ValueError(f"{path} has no line with split {missing[0]!r}; it needs some of each of {SPLITS}.")
     return entries
 
 
-def _parse(text: str, folder: Path, line: str) -> dict[str, Any]:
+def _parse(text: str, folder: Path, line: str, texts: tuple[str, ...]) -> dict[str, Any]:
     try:
         entry: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{line}: not valid JSON ({error}).") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"{line}: expected an object with 'video', 'query', ..., got {type(entry).__name__}.")
-    for field in ("video", "query", "split"):
+        raise ValueError(f"{line}: expected an object with 'video', 'split', ..., got {type(entry).__name__}.")
+    for field in ("video", *texts, "split"):
         if not isinstance(entry.get(field), str) or not entry[field]:
             raise ValueError(f"{line}: field {field!r} is missing or no text.")
     if entry["split"] not in SPLITS:
