@@ -9,6 +9,11 @@ With your own videos, text transformer and vision model:
 
     python examples/finetune_video.py --data my_videos --model my_text_model --frame-encoder my_vision_model
 
+Videos that have captions but no labels teach a new projection of the frames what words mean (`--pairs FOLDER`, whose
+lines have `video` and `caption`; without FOLDER, 400 such videos are made):
+
+    python examples/finetune_video.py --projection new --pairs --pvla-states inputs --pvla-negatives --pvla-weight 3
+
 The data folder holds an `annotations.jsonl` with one object a line: `video` (a path relative to the folder), `query`,
 `split` (train, validation or test), and either `relevant_windows` ([[start, end], ...] in seconds) or `clip_labels`
 (0 or 1 per clip).
@@ -40,8 +45,8 @@ from transformers import (
     set_seed,
 )
 from video_grounding import ordered_digits
-from video_grounding.annotations import Annotation, read_annotations
-from video_grounding.features import Collator, FrameEncoder, make_examples
+from video_grounding.annotations import Annotation, read_annotations, read_captions
+from video_grounding.features import Collator, FrameEncoder, make_examples, make_pair_examples
 from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.report import draw_saliency
 from video_grounding.training import Examples, grounding_metrics, predict
@@ -58,6 +63,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 3e-3, 1e-2
 FEATURE_NOISE = 0.5
 SHOWN = 4  # test videos in the picture
+PVLA_STATES = (*BLOCK_SOURCES, "inputs")
+MADE = Path("made once")  # what --pairs is without a folder
 
 
 def main() -> None:
@@ -76,11 +83,11 @@ def main() -> None:
         make_config(args.method, args.method_config, [])  # a mistake there shows before anything is made
     if processes.num_processes == 1:
         make_defaults(args)
-    elif args.data is None or args.model is None:
+    elif args.data is None or args.model is None or args.pairs == MADE:
         once_a_machine(processes, lambda: run_alone(__file__, *sys.argv[1:], "--prepare"))
     name_defaults(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    annotations, examples = from_main_process(processes, lambda: read_examples(args, tokenizer))
+    annotations, examples, pairs = from_main_process(processes, lambda: read_examples(args, tokenizer))
     collator = Collator(tokenizer)
     feature_size = examples["test"][0]["frame_features"].shape[-1]
 
@@ -91,10 +98,12 @@ def main() -> None:
 
     saliency, results, plans = {}, {}, []
     for method in dict.fromkeys((args.method, "head")):
-        model = adapt(load_base(args.model, feature_size), method, args.method_config, args.seed)
+        base = load_base(args.model, feature_size)
+        model = adapt(base, method, args.method_config, args.seed, new_projection=args.projection == "new")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         start = time.perf_counter()
-        trainer = fit(args, model, method, Collator(tokenizer, FEATURE_NOISE, examples["train"]), examples["train"])
+        noisy = Collator(tokenizer, FEATURE_NOISE, examples["train"])
+        trainer = fit(args, model, method, noisy, examples["train"], pairs)
         seconds = time.perf_counter() - start
         trainer.data_collator = collator
         if trainer.args.uses_pvla:
@@ -110,9 +119,8 @@ def main() -> None:
             (args.output / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
         if isinstance(model, PeftModel):
             if method == "read":
-                describe(
-                    args, model, {split: len(each) for split, each in annotations.items()}, results[method]["test"]
-                )
+                sizes = {split: len(each) for split, each in annotations.items()} | {"pairs": len(pairs or ())}
+                describe(args, model, sizes, results[method]["test"])
             trainer.save_model(str(args.output / "adapter"))
 
     if processes.is_main_process:
@@ -136,7 +144,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: 3e-3, for the head alone 1e-2)")
     parser.add_argument("--pvla-weight", type=float, default=0.0, help="weight of the alignment loss (default: 0)")
     parser.add_argument("--pvla-gradient-share", type=float, help="instead: its gradient, as a share of the task's")
-    parser.add_argument("--pvla-states", default="last_block", choices=BLOCK_SOURCES, help="which states it aligns")
+    parser.add_argument("--pvla-states", default="last_block", choices=PVLA_STATES, help="which states it aligns")
+    parser.add_argument("--pvla-negatives", action="store_true", help="tell sentences from the batch's other ones")
+    parser.add_argument(
+        "--pairs", type=Path, nargs="?", const=MADE, help="folder of captioned videos to align (default: made once)"
+    )
+    parser.add_argument(
+        "--projection",
+        choices=("saved", "new"),
+        default="saved",
+        help="of frames: as the base has it, or trained anew",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of initialisation and order")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_video"), help="folder for the results")
     parser.add_argument(
@@ -149,6 +167,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--model and --frame-encoder go together: the default of one doesn't fit another of the other")
     if (args.pvla_weight or args.pvla_gradient_share) and args.method != "read":
         parser.error("--pvla-weight and --pvla-gradient-share align the blocks that --method read adapts")
+    if args.pairs is not None and not (args.pvla_weight or args.pvla_gradient_share):
+        parser.error("--pairs are aligned by PVLA: set --pvla-weight or --pvla-gradient-share")
     if args.clip_seconds <= 0 or args.steps <= 0 or args.batch_size <= 0:
         parser.error("--clip-seconds, --steps and --batch-size must be positive")
     return args
@@ -158,6 +178,8 @@ def make_defaults(args: argparse.Namespace) -> None:
     """Make what the command line leaves to the embedded default, once."""
     if args.data is None:
         ordered_digits.make_dataset(args.cache / "videos")
+    if args.pairs == MADE:
+        ordered_digits.make_pairs(args.cache / "pairs")
     if args.model is None:
         ordered_digits.make_base(args.cache / "base")
 
@@ -166,22 +188,29 @@ def name_defaults(args: argparse.Namespace) -> None:
     """Name in `args` what `make_defaults` makes."""
     if args.data is None:
         args.data = args.cache / "videos"
+    if args.pairs == MADE:
+        args.pairs = args.cache / "pairs"
     if args.model is None:
         base = args.cache / "base"
-        args.model, args.frame_encoder = str(base / "model"), str(base / "frame_encoder")
+        # A base that is tuned on frames knows them by the projection that it was tuned with.
+        name = "untuned" if args.projection == "new" else "model"
+        args.model, args.frame_encoder = str(base / name), str(base / "frame_encoder")
 
 
 def read_examples(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, list[Annotation]], dict[str, Examples]]:
-    """By split, the annotations, and what becomes of those that are needed."""
+) -> tuple[dict[str, list[Annotation]], dict[str, Examples], Examples | None]:
+    """By split, the annotations, and what becomes of those that are needed; and the captioned videos, if any."""
     annotations: dict[str, list[Annotation]] = {split: [] for split in SPLITS}
     for annotation in read_annotations(args.data):
         annotations[annotation.split].append(annotation)
     encode = FrameEncoder(args.frame_encoder)
     wanted = ["test"] if args.evaluate else SPLITS
     examples = {split: make_examples(annotations[split], encode, tokenizer, args.clip_seconds) for split in wanted}
-    return annotations, examples
+    pairs = None
+    if args.pairs is not None and not args.evaluate:
+        pairs = make_pair_examples(read_captions(args.pairs), encode, tokenizer, args.clip_seconds)
+    return annotations, examples, pairs
 
 
 def load_base(name: str, feature_size: int) -> GroundingModel:
@@ -195,11 +224,20 @@ def load_base(name: str, feature_size: int) -> GroundingModel:
     return model
 
 
-def adapt(model: GroundingModel, method: str, fields: dict[str, Any] | None, seed: int) -> torch.nn.Module:
-    """Freeze `model` but for its head, and its projection if that is new, and add an adapter of a PEFT method."""
+def adapt(
+    model: GroundingModel, method: str, fields: dict[str, Any] | None, seed: int, new_projection: bool = False
+) -> torch.nn.Module:
+    """Freeze `model` but for its head, and its projection if that is new, and add an adapter of a PEFT method.
+
+    Args:
+        new_projection: whether to give a model that was saved with a projection a new one.
+    """
     set_seed(seed)
     is_saved = isinstance(AutoConfig.from_pretrained(model.name_or_path), GroundingConfig)
-    trained = ["saliency_head"] if is_saved else ["saliency_head", "frame_projection"]
+    if new_projection and is_saved:
+        torch.nn.init.normal_(model.frame_projection.weight, std=0.02)
+        torch.nn.init.zeros_(model.frame_projection.bias)
+    trained = ["saliency_head"] if is_saved and not new_projection else ["saliency_head", "frame_projection"]
     if method == "head":
         model.requires_grad_(False)
         for name in trained:
@@ -222,10 +260,15 @@ def make_config(method: str, fields: dict[str, Any] | None, trained: list[str]) 
 
 
 def fit(
-    args: argparse.Namespace, model: torch.nn.Module, method: str, collator: Collator, examples: Examples
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    method: str,
+    collator: Collator,
+    examples: Examples,
+    pairs: Examples | None,
 ) -> PvlaTrainer:
     """Train, with PVLA where that is asked for and there is an adapter."""
-    names = ("pvla_weight", "pvla_gradient_share", "pvla_states")
+    names = ("pvla_weight", "pvla_gradient_share", "pvla_states", "pvla_negatives")
     return train(
         model,
         examples,
@@ -237,6 +280,7 @@ def fit(
         output_dir=str(args.output),
         description=method,
         pvla=None if method == "head" else {name: getattr(args, name) for name in names},
+        pairs=pairs,
     )
 
 
@@ -259,6 +303,8 @@ def describe(args: argparse.Namespace, model: PeftModel, sizes: dict[str, int], 
         f"Temporal grounding: which {args.clip_seconds:g} s clips of a video does a query mean? `{name}`: "
         f"{sizes['train']} training, {sizes['validation']} validation and {sizes['test']} test videos."
     )
+    if sizes["pairs"]:
+        data += f" {sizes['pairs']} captioned videos without labels taught the projection of the frames."
     if args.data == args.cache / "videos":
         name = "ordered digits"
         data += (
@@ -275,6 +321,7 @@ def describe(args: argparse.Namespace, model: PeftModel, sizes: dict[str, int], 
     }
     if args.pvla_weight or args.pvla_gradient_share:
         training |= {"PVLA weight": args.pvla_weight, "PVLA gradient share": args.pvla_gradient_share}
+        training |= {"PVLA states": args.pvla_states, "PVLA negatives": args.pvla_negatives}
     task = "video-classification"  # of those that the Hub knows the nearest
     results = [
         EvalResult(task, name.replace(" ", "-"), name, metric, round(value, 2), dataset_split="test")

@@ -14,10 +14,16 @@ ANNOTATIONS = "annotations.jsonl"
 SPLITS = ("train", "validation", "test")
 
 
-def read_entries(folder: Path, texts: tuple[str, ...] = ("query",)) -> list[tuple[dict[str, Any], str]]:
+def read_entries(
+    folder: Path, texts: tuple[str, ...] = ("query", "split"), option: str = "--data"
+) -> list[tuple[dict[str, Any], str]]:
     """The objects in `annotations.jsonl` of a data folder, each with its `path:line` for messages.
 
-    Every one has `video` (path of a file that is there, relative to the folder), `split`, and the texts named.
+    Args:
+        folder: the data folder.
+        texts: fields with a text that every one has, beside `video`, the path of a file relative to the folder. If
+            `split` is among them, there are some of each split.
+        option: what names the folder on the command line.
 
     Raises:
         FileNotFoundError: if the file, or a video that it names, isn't there.
@@ -25,28 +31,30 @@ def read_entries(folder: Path, texts: tuple[str, ...] = ("query",)) -> list[tupl
     """
     path = folder / ANNOTATIONS
     if not path.is_file():
-        raise FileNotFoundError(f"{path} isn't there: --data names a folder with an {ANNOTATIONS} and the videos.")
+        raise FileNotFoundError(f"{path} isn't there: {option} names a folder with an {ANNOTATIONS} and the videos.")
     entries = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if text.strip():
-            entries.append((_parse(text, folder, f"{path}:{number}", texts), f"{path}:{number}"))
-    missing = [split for split in SPLITS if not any(entry["split"] == split for entry, _ in entries)]
-    if missing:
+            entries.append((_parse(text, folder, texts, f"{path}:{number}"), f"{path}:{number}"))
+    if not entries:
+        raise ValueError(f"{path} has no line.")
+    missing = [split for split in SPLITS if not any(entry.get("split") == split for entry, _ in entries)]
+    if missing and "split" in texts:
         raise ValueError(f"{path} has no line with split {missing[0]!r}; it needs some of each of {SPLITS}.")
     return entries
 
 
-def _parse(text: str, folder: Path, line: str, texts: tuple[str, ...]) -> dict[str, Any]:
+def _parse(text: str, folder: Path, texts: tuple[str, ...], line: str) -> dict[str, Any]:
     try:
         entry: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{line}: not valid JSON ({error}).") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"{line}: expected an object with 'video', 'split', ..., got {type(entry).__name__}.")
-    for field in ("video", *texts, "split"):
+        raise ValueError(f"{line}: expected an object with 'video', {texts[0]!r}, ..., got {type(entry).__name__}.")
+    for field in ("video", *texts):
         if not isinstance(entry.get(field), str) or not entry[field]:
             raise ValueError(f"{line}: field {field!r} is missing or no text.")
-    if entry["split"] not in SPLITS:
+    if "split" in texts and entry["split"] not in SPLITS:
         raise ValueError(f"{line}: `split` must be one of {SPLITS}, got {entry['split']!r}.")
     video = folder / entry["video"]
     if not video.is_file():

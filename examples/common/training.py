@@ -48,6 +48,9 @@ def train(
     output_dir: str = "runs",
     description: str = "train",
     pvla: dict[str, Any] | None = None,
+    pairs: Sequence[dict[str, Any]] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    states: Callable[..., Any] | None = None,
 ) -> PvlaTrainer:
     """Train what is trainable in `model`, in place, as `OPTIMIZER` says.
 
@@ -56,6 +59,9 @@ def train(
         learning_rates: rates of modules that differ, by the end of the module's name.
         description: shown with the progress.
         pvla: options of PVLA; none by default, and the Trainer is transformers' own.
+        pairs: examples without labels, which PVLA aligns in place of `examples`.
+        loss: in place of the model's: of its outputs and the labels.
+        states: what PVLA compares, in place of its `pvla_states`: of the model, a batch and the outputs.
     """
     processes = join_processes().num_processes
     if batch_size % processes:
@@ -77,7 +83,16 @@ def train(
         seed=seed,
         **({"pvla_weight": 0.0} | (pvla or {})),
     )
-    trainer = RatesTrainer(model, arguments, collator, examples, processing_class=getattr(collator, "tokenizer", None))
+    trainer = RatesTrainer(
+        model,
+        arguments,
+        collator,
+        examples,
+        processing_class=getattr(collator, "tokenizer", None),
+        pairs_dataset=pairs,  # type: ignore[arg-type]
+        pvla_states=states,
+        compute_loss_func=loss,
+    )
     trainer.learning_rates = learning_rates or {}
     if trainer.is_world_process_zero():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -70,6 +70,30 @@ def read_annotations(folder: Path) -> list[Annotation]:
     return [_annotation(entry, folder, line) for entry, line in read_entries(folder)]
 
 
+@dataclass(frozen=True)
+class Caption:
+    """A video and a sentence that says what is in it, without labels.
+
+    Attributes:
+        video: path of the video file.
+        caption: the sentence.
+    """
+
+    video: Path
+    caption: str
+
+
+def read_captions(folder: Path) -> list[Caption]:
+    """Read `annotations.jsonl` of a folder of pairs: objects with `video`, relative to the folder, and `caption`.
+
+    Raises:
+        FileNotFoundError: if the file, or a video that it names, isn't there.
+        ValueError: if a line isn't such an object; the message says which line, and what is wrong with it.
+    """
+    entries = read_entries(folder, texts=("caption",), option="--pairs")
+    return [Caption(folder / entry["video"], entry["caption"]) for entry, _ in entries]
+
+
 def _annotation(entry: dict[str, Any], folder: Path, line: str) -> Annotation:
     windows, labels = entry.get("relevant_windows"), entry.get("clip_labels")
     if (windows is None) == (labels is None):

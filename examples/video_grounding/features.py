@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from peft_read.trimodal.processing import pil_image_processor
 
-from .annotations import Annotation
+from .annotations import Annotation, Caption
 
 
 IGNORED = -100.0  # label of padding
@@ -60,10 +60,7 @@ def make_examples(
     Returns:
         One dict per annotation: what `tokenize` gives, `frame_features (frames, size)` and `labels (frames,)`.
     """
-    videos = dict.fromkeys(annotation.video for annotation in annotations)
-    features = {
-        video: encode(decode_clips(video, clip_seconds)) for video in tqdm(videos, desc="decode videos", leave=False)
-    }
+    features = _features_of_videos([annotation.video for annotation in annotations], encode, clip_seconds)
     return [
         {
             **tokenize(tokenizer, annotation.query),
@@ -72,6 +69,24 @@ def make_examples(
         }
         for annotation in annotations
     ]
+
+
+def make_pair_examples(
+    captions: Sequence[Caption],
+    encode: Callable[[np.ndarray], Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    clip_seconds: float,
+) -> list[dict[str, Any]]:
+    """The same of videos with captions, which have no labels."""
+    features = _features_of_videos([pair.video for pair in captions], encode, clip_seconds)
+    return [{**tokenize(tokenizer, pair.caption), "frame_features": features[pair.video]} for pair in captions]
+
+
+def _features_of_videos(
+    videos: Sequence[Path], encode: Callable[[np.ndarray], Tensor], clip_seconds: float
+) -> dict[Path, Tensor]:
+    unique = dict.fromkeys(videos)
+    return {v: encode(decode_clips(v, clip_seconds)) for v in tqdm(unique, desc="decode videos", leave=False)}
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, query: str) -> dict[str, list[int]]:
@@ -96,7 +111,7 @@ class Collator:
         self.noise = noise * torch.cat([e["frame_features"] for e in examples]).std(0) if noise else torch.zeros(())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Tensors `(batch, longest, ...)`; labels of padding are `IGNORED`.
+        """Tensors `(batch, longest, ...)`; labels, where there are some, are `IGNORED` in padding.
 
         `video_token_mask` and `text_token_mask` say what is what in the sequence that `GroundingModel` makes of it.
         """
@@ -108,12 +123,15 @@ class Collator:
         first = torch.tensor([[len(t)] for t in tokens])
         after = first + torch.tensor([[len(f)] for f in frames])
         positions = torch.arange(length)
-        return {
+        batch = {
             "input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0),
             "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
             "frame_features": features + self.noise * torch.randn_like(features),
             "frame_mask": pad_sequence([torch.ones(len(f), dtype=torch.bool) for f in frames], batch_first=True),
-            "labels": pad_sequence([e["labels"] for e in examples], batch_first=True, padding_value=IGNORED),
             "video_token_mask": (positions >= first) & (positions < after),
             "text_token_mask": F.pad(words, (0, length - words.shape[1])).bool(),
         }
+        if "labels" in examples[0]:
+            labels = [example["labels"] for example in examples]
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return batch

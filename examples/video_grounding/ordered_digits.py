@@ -87,8 +87,8 @@ def render(rng: np.random.Generator, story: Story, images: Digits, frames_per_cl
     return np.repeat(pixels[..., None], 3, axis=-1)
 
 
-def make_dataset(folder: Path, plain: bool = False) -> None:
-    """Write 100 training, 100 validation and 200 test videos as mp4, with annotations, unless they exist.
+def make_dataset(folder: Path, plain: bool = False, training_videos: int = 100) -> None:
+    """Write training videos, 100 validation and 200 test videos as mp4, with annotations, unless they exist.
 
     The queries ask for the second of a digit's events; plain ones, about the same videos, for all of them.
     """
@@ -99,7 +99,7 @@ def make_dataset(folder: Path, plain: bool = False) -> None:
     with finished(folder) as draft:
         (draft / "videos").mkdir()
         for seed, (split, pool, count) in enumerate(
-            (("train", "train", 100), ("validation", "train", 100), ("test", "test", 200))
+            (("train", "train", training_videos), ("validation", "train", 100), ("test", "test", 200))
         ):
             rng = np.random.default_rng(100 + seed)
             for number in tqdm(range(count), desc=f"make {split} videos", leave=False):
@@ -113,6 +113,23 @@ def make_dataset(folder: Path, plain: bool = False) -> None:
                     windows.append([float(clips[0] * CLIP_SECONDS), float((clips[-1] + 1) * CLIP_SECONDS)])
                 query = f"the {WORDS[digit]}" if plain else f"the second {WORDS[digit]}"
                 lines.append({"video": name, "query": query, "relevant_windows": windows, "split": split})
+        (draft / ANNOTATIONS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def make_pairs(folder: Path, videos: int = 400) -> None:
+    """Write videos with a caption each and no labels, unless they exist: which digits they show, in any order."""
+    if folder.exists():
+        return
+    images, rng = digit_images()["train"], np.random.default_rng(200)
+    lines = []
+    with finished(folder) as draft:
+        (draft / "videos").mkdir()
+        for number in tqdm(range(videos), desc="make captioned videos", leave=False):
+            story = make_story(rng)
+            name = f"videos/{number:03d}.mp4"
+            _write_video(draft / name, render(rng, story, images, FRAMES_PER_CLIP))
+            shown = [f"a {WORDS[digit]}" for digit in rng.permutation(sorted(set(story.digits)))]
+            lines.append({"video": name, "caption": f"{', '.join(shown[:-1])} and {shown[-1]}"})
         (draft / ANNOTATIONS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

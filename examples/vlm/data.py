@@ -72,7 +72,7 @@ def read_samples(folder: Path, prompt: str | None = None, answer: str = ANSWER) 
         FileNotFoundError: if the file, or a video that it names, isn't there.
         ValueError: if a line isn't such an object; the message says which line, and what is wrong with it.
     """
-    return [_sample(entry, folder, line, prompt, answer) for entry, line in read_entries(folder, texts=())]
+    return [_sample(entry, folder, line, prompt, answer) for entry, line in read_entries(folder, texts=("split",))]
 
 
 def say_windows(windows: Sequence[Window], answer: str = ANSWER) -> str:

@@ -39,13 +39,27 @@ class PvlaArguments:
         default="unit",
         metadata={"help": "'unit': words and frames are matched one to one; 'uniform': by their shares of the whole."},
     )
-    pvla_states: Literal["auto", "last_block", "all_blocks", "bottleneck", "towers"] = field(
+    pvla_states: Literal["auto", "last_block", "all_blocks", "bottleneck", "inputs", "towers"] = field(
         default="auto",
         metadata={
             "help": "Which states are aligned: video and text tokens in the last block that READ adapts, in all of "
-            "them, or in the last adapter's low-dimensional space; or those of a dual encoder's two towers. 'auto': "
-            "the towers where there are two, else the last block."
+            "them, or in the last adapter's low-dimensional space; 'inputs': as they enter the first tower that READ "
+            "adapts, projected video tokens against the embeddings of words; or those of a dual encoder's two towers. "
+            "'auto': the towers where there are two, else the last block."
         },
+    )
+    pvla_negatives: bool = field(
+        default=False,
+        metadata={
+            "help": "Beyond the paper: tell each video's sentence from the other sentences of the batch, on all "
+            "devices, and each sentence's video from the other videos. For inputs and towers only."
+        },
+    )
+    pvla_temperature: float = field(
+        default=0.1, metadata={"help": "Of the contrast with the negatives, in the unit of the distances."}
+    )
+    pvla_pairs_batch_size: int = field(
+        default=16, metadata={"help": "Pairs of `pairs_dataset` that a step aligns, on each device."}
     )
     pvla_health_steps: int = field(
         default=100, metadata={"help": "Steps between two measurements of the alignment's health; 0: never."}
@@ -58,6 +72,13 @@ class PvlaArguments:
     )
 
     def __post_init__(self) -> None:
+        self.check_pvla()
+        inherited = getattr(super(), "__post_init__", None)
+        if inherited is not None:
+            inherited()
+
+    def check_pvla(self) -> None:
+        """Raise a `ValueError` if an option is out of its range."""
         if not self.pvla_weight >= 0:
             raise ValueError(f"pvla_weight={self.pvla_weight}: expected 0 or a positive number.")
         if self.pvla_gradient_share is not None and not self.pvla_gradient_share > 0:
@@ -66,10 +87,9 @@ class PvlaArguments:
             raise ValueError(f"pvla_states={self.pvla_states!r}: expected one of {', '.join(map(repr, SOURCES))}.")
         if self.pvla_health_steps < 0:
             raise ValueError(f"pvla_health_steps={self.pvla_health_steps}: expected 0 or a number of steps.")
+        if self.pvla_pairs_batch_size < 1:
+            raise ValueError(f"pvla_pairs_batch_size={self.pvla_pairs_batch_size}: expected at least 1.")
         self.pvla_loss()  # raises where an option of the loss is out of its range
-        inherited = getattr(super(), "__post_init__", None)
-        if inherited is not None:
-            inherited()
 
     @property
     def uses_pvla(self) -> bool:
@@ -78,7 +98,15 @@ class PvlaArguments:
 
     def pvla_loss(self) -> PvlaLoss:
         """The loss that these options describe."""
-        return PvlaLoss(self.pvla_mass, self.pvla_reg, self.pvla_iterations, self.pvla_cost, self.pvla_marginals)
+        return PvlaLoss(
+            self.pvla_mass,
+            self.pvla_reg,
+            self.pvla_iterations,
+            self.pvla_cost,
+            self.pvla_marginals,
+            self.pvla_negatives,
+            self.pvla_temperature,
+        )
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import without_autocast
-from .transport import PartialTransport, partial_transport
+from .contrast import contrastive_losses, gathered_over_devices, same_sentences
+from .transport import capacities, partial_transport
 
 
 COSTS = ("cosine", "sqeuclidean")
@@ -20,15 +20,18 @@ SHORTEST = 1e-3
 
 
 class PvlaDetails(NamedTuple):
-    """What `PvlaLoss` finds out about each sample; the mean over the masses, where there are several.
+    """What `PvlaLoss` finds out about each sample.
 
     Attributes:
+        loss: `(batch,)`, what is minimised: the distance or, with negatives, the contrast of the distances; 0 where
+            nothing is valid; has a gradient.
         distance: `(batch,)`, cost of the transported mass per unit of it, 0 where nothing is valid; has a gradient.
         plan: `(batch, frames, words)`, the share of the transported mass that goes from each frame to each word.
         residual: `(batch,)`, how far from optimal the plan is, as a share of the transported mass.
-        valid: `(batch,)`, whether there is a valid frame and a valid word.
+        valid: `(batch,)`, whether there is a frame and a word that can carry mass.
     """
 
+    loss: Tensor
     distance: Tensor
     plan: Tensor
     residual: Tensor
@@ -40,16 +43,24 @@ class PvlaLoss(nn.Module):
 
     The mean over the valid samples of transport cost over transported mass (arXiv 2312.06950, the PVLA section), so
     that its size doesn't depend on `mass`. The paper takes the least over all masses; as costs aren't negative that is
-    always the smallest mass, so the mass is an option here. The loss has no negatives: alone, it is least where all
-    states are equal, so only the task's loss keeps states apart.
+    always the smallest mass, so the mass is an option here.
+
+    In the paper's form the loss has no negatives: alone, it is least where all states are equal, so only the task's
+    loss keeps states apart. `negatives=True` goes beyond the paper: each video's own sentence is told from the batch's
+    other sentences, and each sentence's own video from the other videos (InfoNCE), with the distance as the score.
+    Only for states of which frames and words haven't seen each other: in one sequence, frames would learn to repeat
+    their own sentence.
 
     Args:
-        mass: share of the mass that is matched, in (0, 1]; of several, the average is taken.
+        mass: share of the mass that is matched, in (0, 1].
         reg: weight of the entropy; relative to a sample's mean cost with `cost="sqeuclidean"`.
         n_iter: iterations of the solver.
         cost: `"cosine"` distance, in [0, 2], or `"sqeuclidean"` distance, which can also be lowered by shrinking all
             states.
         marginals: `"unit"` or `"uniform"`, see [`partial_transport`].
+        negatives: whether the batch's other samples are negatives. A batch of `n` is then a problem of `n * n` pairs.
+            Sentences made of the same words aren't each other's negatives.
+        temperature: of the contrast, in the unit of the distances.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -57,24 +68,30 @@ class PvlaLoss(nn.Module):
 
     def __init__(
         self,
-        mass: float | Sequence[float] = 0.5,
+        mass: float = 0.5,
         reg: float = 0.05,
         n_iter: int = 50,
         cost: Literal["cosine", "sqeuclidean"] = "cosine",
         marginals: Literal["unit", "uniform"] = "unit",
+        negatives: bool = False,
+        temperature: float = 0.1,
     ) -> None:
         super().__init__()
-        self.masses = tuple(mass) if isinstance(mass, Sequence) else (mass,)
+        self.mass = mass
         self.reg = reg
         self.n_iter = n_iter
         self.cost = cost
         self.marginals = marginals
-        if not self.masses or not all(0 < share <= 1 for share in self.masses):
-            raise ValueError(f"mass={mass}: expected a share of the mass in (0, 1], or several.")
+        self.negatives = negatives
+        self.temperature = temperature
+        if isinstance(mass, bool) or not isinstance(mass, (int, float)) or not 0 < mass <= 1:
+            raise ValueError(f"mass={mass!r}: expected a share of the mass in (0, 1].")
         if not reg > 0:
             raise ValueError(f"reg={reg}: expected a positive number.")
         if n_iter < 1:
             raise ValueError(f"n_iter={n_iter}: expected at least 1.")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature={temperature}: expected a positive number.")
         for name, value, known in (("cost", cost, COSTS), ("marginals", marginals, MARGINALS)):
             if value not in known:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}.")
@@ -88,59 +105,126 @@ class PvlaLoss(nn.Module):
             video: `(batch, frames, dim)`, states of the frames.
             words: `(batch, words, dim)`, states of the words.
             frame_mask: `(batch, frames)`, true where a frame is valid; all are by default.
-            word_mask: `(batch, words)`, likewise.
+            word_mask: `(batch, words)`, which words count, as a mask or as weights: a word of weight 0.5 carries at
+                most half of what a word of weight 1 can, one of weight 0 takes no part. All count by default.
 
         Raises:
-            ValueError: if the shapes don't fit.
+            ValueError: if the shapes don't fit, or a weight is negative.
         """
         details = self.details(video, words, frame_mask, word_mask)
-        return details.distance.sum() / details.valid.sum().clamp(min=1)
+        return details.loss.sum() / details.valid.sum().clamp(min=1)
 
     def details(
-        self, video: Tensor, words: Tensor, frame_mask: Tensor | None = None, word_mask: Tensor | None = None
+        self,
+        video: Tensor,
+        words: Tensor,
+        frame_mask: Tensor | None = None,
+        word_mask: Tensor | None = None,
+        *,
+        across_devices: bool = False,
     ) -> PvlaDetails:
-        """Distances and plans, sample by sample; arguments and errors as of the call."""
+        """Distances and plans, sample by sample; arguments and errors as of the call.
+
+        Args:
+            across_devices: whether the samples of all processes are negatives, too. All of them have to call then.
+        """
         _check(video, words, frame_mask, word_mask)
-        batch, masses = len(video), len(self.masses)
-        frame_mask, word_mask = (
-            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+        frames_count, words_count = (
+            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
             for x, mask in ((video, frame_mask), (words, word_mask))
         )
+        frames_count = frames_count.bool()
         with without_autocast(video.device):
-            costs = self._costs(video, words, frame_mask, word_mask)
-            unit = _mean_cost(costs, frame_mask, word_mask) if self.cost == "sqeuclidean" else costs.new_ones(batch)
-            share = torch.tensor(self.masses, dtype=costs.dtype, device=costs.device)
-            found = partial_transport(
-                (costs / unit[:, None, None]).repeat(masses, 1, 1),
-                share.repeat_interleave(batch) if masses > 1 else self.masses[0],
-                self.reg,
-                frame_mask=frame_mask.repeat(masses, 1),
-                word_mask=word_mask.repeat(masses, 1),
-                marginals=self.marginals,
-                n_iter=self.n_iter,
-            )
-            by_mass = PartialTransport(*(x.unflatten(0, (masses, batch)) for x in found))
-            return PvlaDetails(
-                distance=(by_mass.cost / share[:, None]).mean(0) * unit,
-                plan=(by_mass.plan / share[:, None, None, None]).mean(0),
-                residual=by_mass.residual.mean(0),
-                valid=frame_mask.any(1) & word_mask.any(1),
-            )
+            dtype = torch.promote_types(torch.promote_types(video.dtype, words.dtype), torch.float32)
+            # Without what lies in padding, which may be NaN.
+            video = video.to(dtype).masked_fill(~frames_count[..., None], 0)
+            words = words.to(dtype).masked_fill((words_count == 0)[..., None], 0)
+            if not self.negatives:
+                costs = self._costs(video, words, "bfd,bwd->bfw")
+                distance, plan, residual, valid = self._transport(costs, frames_count, words_count)
+                return PvlaDetails(distance, distance, plan, residual, valid)
+            return self._contrast(video, words, frames_count, words_count, across_devices)
 
-    def _costs(self, video: Tensor, words: Tensor, frame_mask: Tensor, word_mask: Tensor) -> Tensor:
-        """`(batch, frames, words)` in float32 at least; without what lies in padding, which may be NaN."""
-        dtype = torch.promote_types(torch.promote_types(video.dtype, words.dtype), torch.float32)
-        x = video.to(dtype).masked_fill(~frame_mask[..., None], 0)
-        y = words.to(dtype).masked_fill(~word_mask[..., None], 0)
+    def without_negatives(self) -> PvlaLoss:
+        """The distances alone."""
+        return PvlaLoss(self.mass, self.reg, self.n_iter, self.cost, self.marginals)
+
+    def _contrast(
+        self, video: Tensor, words: Tensor, frames_count: Tensor, words_count: Tensor, across_devices: bool
+    ) -> PvlaDetails:
+        """Details of the own pairs, whose losses compare them with all others: one problem of all pairs."""
+        batch, first = len(video), 0
+        all_video, all_words, all_frames_count, all_words_count = video, words, frames_count, words_count
+        if across_devices:
+            masks = (x.to(video.dtype) for x in (frames_count, words_count))
+            (all_video, all_words, all_frames_count, all_words_count), first = gathered_over_devices(
+                video, words, *masks
+            )
+            all_frames_count = all_frames_count.bool()
+        everything = len(all_video)
+        pairs = self._transport_pairs(video, all_words, frames_count, all_words_count)
+        own = torch.arange(batch, device=video.device), torch.arange(first, first + batch, device=video.device)
+        distance, plan, residual, valid = (x.unflatten(0, (batch, everything))[own] for x in pairs)
+        by_video = pairs[0].view(batch, everything)
+        by_words = by_video.T
+        if everything > batch:
+            by_words = self._transport_pairs(all_video, words, all_frames_count, words_count)[0]
+            by_words = by_words.view(everything, batch).T
+        same = same_sentences(all_words, all_words_count, words, words_count)
+        all_valid = all_frames_count.any(1) & (all_words_count > 0).any(1)
+        loss = contrastive_losses(by_video, by_words, all_valid, same, self.temperature, first)
+        plan = plan[:, :, : words.shape[1]]  # other devices' sentences may be longer
+        return PvlaDetails(loss, distance, plan, residual, valid)
+
+    def _transport_pairs(
+        self, video: Tensor, words: Tensor, frames_count: Tensor, words_count: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of every video with every sentence, `(videos * sentences, ...)`."""
+        costs = self._costs(video, words, "vfd,swd->vsfw")
+        return self._transport(
+            costs.flatten(0, 1),
+            frames_count[:, None].expand(-1, len(words), -1).flatten(0, 1),
+            words_count[None].expand(len(video), -1, -1).flatten(0, 1),
+        )
+
+    def _transport(
+        self, costs: Tensor, frames_count: Tensor, words_count: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Distance, plan, residual and validity of each pair."""
+        word_mask = words_count > 0
+        unit = _mean_cost(costs, frames_count, word_mask) if self.cost == "sqeuclidean" else costs.new_ones(len(costs))
+        marginals, mass = self.marginals, costs.new_tensor(self.mass)
+        if words_count.is_floating_point():
+            of_frames, of_words, _ = capacities(costs, self.marginals, frames_count, word_mask)
+            of_words = of_words * words_count
+            marginals = (of_frames, of_words)  # type: ignore[assignment]
+            mass = self.mass * torch.minimum(of_frames.sum(1), of_words.sum(1))
+        found = partial_transport(
+            costs / unit[:, None, None],
+            self.mass,
+            self.reg,
+            frame_mask=frames_count,
+            word_mask=word_mask,
+            marginals=marginals,
+            n_iter=self.n_iter,
+        )
+        valid = frames_count.any(1) & word_mask.any(1)
+        mass = torch.where(valid, mass, 1)
+        return found.cost / mass * unit, found.plan / mass[:, None, None], found.residual, valid
+
+    def _costs(self, video: Tensor, words: Tensor, pairs: str) -> Tensor:
+        """`(..., frames, words)`, of those pairs of videos and sentences that the equation of an einsum says."""
         if self.cost == "cosine":
-            x, y = (z * (z.square().sum(-1, keepdim=True) + SHORTEST**2).rsqrt() for z in (x, y))
-            return (1 - x @ y.mT).clamp(min=0)
-        squares = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :]
-        return F.relu(squares - 2 * x @ y.mT)
+            x, y = (z * (z.square().sum(-1, keepdim=True) + SHORTEST**2).rsqrt() for z in (video, words))
+            return (1 - torch.einsum(pairs, x, y)).clamp(min=0)
+        of_frames, of_words = video.square().sum(-1), words.square().sum(-1)
+        of_frames = of_frames[:, :, None] if pairs.startswith("b") else of_frames[:, None, :, None]
+        return F.relu(of_frames + of_words[:, None] - 2 * torch.einsum(pairs, video, words))
 
     def extra_repr(self) -> str:
-        mass = self.masses[0] if len(self.masses) == 1 else self.masses
-        return f"mass={mass}, reg={self.reg}, n_iter={self.n_iter}, cost={self.cost!r}, marginals={self.marginals!r}"
+        options = f"mass={self.mass}, reg={self.reg}, n_iter={self.n_iter}, cost={self.cost!r}"
+        options += f", marginals={self.marginals!r}"
+        return options + (f", negatives=True, temperature={self.temperature}" if self.negatives else "")
 
 
 def _mean_cost(costs: Tensor, frame_mask: Tensor, word_mask: Tensor) -> Tensor:
@@ -165,3 +249,6 @@ def _check(video: Tensor, words: Tensor, frame_mask: Tensor | None, word_mask: T
         raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; the video has {tuple(video.shape[:2])}.")
     if word_mask is not None and word_mask.shape != words.shape[:2]:
         raise ValueError(f"word_mask has shape {tuple(word_mask.shape)}; the words have {tuple(words.shape[:2])}.")
+    weighted = word_mask is not None and word_mask.is_floating_point() and word_mask.device.type == "cpu"
+    if weighted and word_mask is not None and not ((word_mask >= 0) & word_mask.isfinite()).all():
+        raise ValueError("word_mask has negative, infinite or NaN weights; expected 0 or more for each word.")

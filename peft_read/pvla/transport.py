@@ -95,7 +95,7 @@ def partial_transport(
     _check(cost, mass, reg, n_iter, frame_mask, word_mask)
     with without_autocast(cost.device):
         cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-        frames, words, masks = _capacities(cost, marginals, frame_mask, word_mask)
+        frames, words, masks = capacities(cost, marginals, frame_mask, word_mask)
         with torch.no_grad():
             # NaN in padding would survive a product with a plan of 0.
             costs = torch.where(masks[0][:, :, None] & masks[1][:, None, :], cost, FORBIDDEN * reg)
@@ -132,7 +132,7 @@ def _passes_trial(device: torch.device) -> bool:
         plans = []
         for solve, dtype in ((_solve_by_kernel, torch.float32), (_solve_entropic, torch.float64)):
             cost = torch.linspace(0, 1, 2 * 40 * 20, dtype=dtype, device=device).mul(90).sin().view(2, 40, 20)
-            frames, words, masks = _capacities(cost, "unit", None, None)
+            frames, words, masks = capacities(cost, "unit", None, None)
             plans.append(solve(cost, frames, words, words.sum(1) / 2, masks, 0.1, 60)[0])
         return [(plans[0], plans[1])]
 
@@ -287,10 +287,23 @@ def _solve_exact(cost: Tensor, a: Tensor, b: Tensor, total: Tensor) -> Tensor:
     return torch.from_numpy(plans).to(cost)
 
 
-def _capacities(
+def capacities(
     cost: Tensor, marginals: Marginals, frame_mask: Tensor | None, word_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """What each frame and each word can carry, 0 in padding, and which can carry anything."""
+    """What each frame and each word can carry, 0 in padding, and which can carry anything.
+
+    Args:
+        cost: `(batch, frames, words)`, of which only shape, dtype and device count.
+        marginals: as of [`partial_transport`].
+        frame_mask: likewise.
+        word_mask: likewise.
+
+    Returns:
+        `(batch, frames)` and `(batch, words)` in the dtype of the costs, and a mask for each.
+
+    Raises:
+        ValueError: if tensors as `marginals` don't fit or have negative entries.
+    """
     batch, frames, words = cost.shape
     sides = []
     for mask, points in ((frame_mask, frames), (word_mask, words)):

@@ -1,19 +1,29 @@
 """Data-parallel training with PVLA: two processes and the Trainer's defaults give the numbers of one process."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from alignment import CASES, CAUSAL, marked, spoken, steps_logged, trainer_of, weights
+from alignment_inputs import MODELS, mean_over_frames, watched
 from devices import free_port, join
 
 
 # The processes are started once, not once by each worker of pytest-xdist.
 pytestmark = pytest.mark.xdist_group("pvla processes")
+OWN = replace(MODELS["own model"], arguments={"compute_loss_func": mean_over_frames})
 # Global batches of 8 in two accumulated steps; the third row holds no video, the last evaluated batch isn't full.
 RUNS = {
     "classifier": (CASES["text encoder"], lambda: marked(16, videos="some"), {"pvla_weight": 0.7}),
     "causal": (CAUSAL, lambda: spoken(16), {"pvla_weight": 0.7}),
+    # Sentences and videos of other lengths on each process, with the negatives of both.
+    "negatives": (OWN, lambda: watched(16), {"pvla_negatives": True, "pvla_weight": 0.7}),
+    "pairs": (
+        replace(OWN, arguments=OWN.arguments | {"pairs_dataset": watched(20, labels=False)}),
+        lambda: watched(16),
+        {"pvla_negatives": True, "pvla_weight": 0.7},
+    ),
     "share": (CASES["text encoder"], lambda: marked(16), {"pvla_gradient_share": 0.2, "pvla_health_steps": 1}),
 }
 
@@ -24,7 +34,11 @@ def run(name, folder, processes):
     data = data()
     # As many labels in each: over devices the Trainer weighs samples by them in evaluation.
     evaluated = [row | {"labels": data[3]["labels"]} for row in data[3:10]]
-    batch = 4 // processes
+    batch, options = 4 // processes, {"per_device_eval_batch_size": 1} | options
+    if case.options.get("pvla_states") == "inputs":  # the collator takes all columns; the contrast is a batch's
+        evaluated = data[3:11]
+        options |= {"remove_unused_columns": False, "pvla_pairs_batch_size": 6 // processes}
+        options |= {"per_device_eval_batch_size": batch}
     trainer = trainer_of(
         case,
         case.model(),
@@ -33,7 +47,6 @@ def run(name, folder, processes):
         evaluated,
         batch,
         gradient_accumulation_steps=2,
-        per_device_eval_batch_size=1,
         pvla_plot_plans=True,
         **options,
     )
@@ -56,7 +69,7 @@ def processes(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["classifier", "causal"])
+@pytest.mark.parametrize("name", ["classifier", "causal", "negatives", "pairs"])
 def test_two_processes_are_one(name, processes, tmp_path):
     """Losses of each step, weights after them and means over the evaluated samples."""
     expected = run(name, tmp_path, 1)

@@ -310,7 +310,7 @@ def test_evaluation_with_smoothing_and_generation(tmp_path):
     data = [example | {"decoder_input_ids": example["labels"].roll(1)} for example in generated()]
     trainer = trainer_of(case, case.model(), tmp_path, evaluate=data, pvla_weight=0.7, **options)
     metrics = trainer.evaluate()
-    trainer.args.pvla_weight = trainer._weight = 0.0
+    trainer.args.pvla_weight = 0.0
     assert metrics["eval_task_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_task_loss"] + 0.7 * metrics["eval_pvla_loss"], abs=1e-5)
 
@@ -448,7 +448,7 @@ def test_states_before_the_adapters(tmp_path):
 
     def embedded(model, batch, outputs):
         states = model.get_input_embeddings()(batch["input_ids"])
-        return VideoTextStates(states[:, :3], states[:, 3:])
+        return VideoTextStates(states[:, :3], states[:, 3:], met=False)
 
     case = Case(
         lambda: build(LlamaForCausalLM, config, modules_to_save=["embed_tokens"]),

@@ -23,22 +23,6 @@ def capacities(size, marginals):
     return tuple(torch.full((n,), 1 / count, dtype=torch.float64) for n, count in zip(size, counts, strict=True))
 
 
-def dykstra(cost, a, b, s, reg, n_iter=20_000):
-    """Benamou et al. 2015, Proposition 5: projections on three sets in turn, each with the correction of its own."""
-    plan, corrections = torch.exp(-cost / reg), [torch.ones_like(cost) for _ in range(3)]
-    projections = [
-        lambda t: t * (a / t.sum(1)).clamp(max=1)[:, None],
-        lambda t: t * (b / t.sum(0)).clamp(max=1),
-        lambda t: t * (s / t.sum()),
-    ]
-    for _ in range(n_iter):
-        for i, project in enumerate(projections):
-            before = plan * corrections[i]
-            plan = project(before)
-            corrections[i] = before / plan
-    return plan
-
-
 def pot_entropic(cost, a, b, s, reg, n_iter=4000):
     """POT's solver of the same problem, which has to run to the end: it stops too early at any other `stopThr`."""
     s = torch.as_tensor(s, dtype=cost.dtype).clamp(max=min(a.sum(), b.sum()))

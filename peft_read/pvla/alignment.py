@@ -1,0 +1,106 @@
+"""What a Trainer aligns in one run, and by which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import PvlaArguments
+from .gradient_share import GradientShare
+from .loss import PvlaDetails, PvlaLoss
+from .pairs import PairBatches
+from .sources import state_source
+from .states import StateFunction, StateSource, VideoTextStates
+
+
+MET = (
+    "pvla_negatives=True needs states of which video and sentence haven't met, and {}. Where they have, each frame "
+    "has seen its own sentence, and copying it into the frames tells it from all others: nothing is learnt about the "
+    "video. {}"
+)
+
+
+class Aligned(NamedTuple):
+    """States, and what the loss found out about them."""
+
+    states: VideoTextStates
+    details: PvlaDetails
+
+
+class Alignment:
+    """Source of states, loss, weight and pairs of one run of a Trainer.
+
+    Attributes:
+        loss: the alignment loss.
+        source: where states come from.
+        share: what sets the weight, if it is measured.
+        pairs: what is aligned in place of the labelled samples, if there are such pairs.
+        samples_in_step: how many samples the running optimizer step aligns, on all devices; None: not known.
+        starts_step: whether the next batch is the step's first.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: PvlaArguments, states: str | StateFunction, pairs: PairBatches | None
+    ) -> None:
+        args.check_pvla()
+        self.args = args
+        self.loss: PvlaLoss = args.pvla_loss()
+        self.source: StateSource = state_source(model, states)
+        self.share = None if args.pvla_gradient_share is None else GradientShare(args.pvla_gradient_share)
+        self.pairs = pairs
+        self.samples_in_step: Tensor | None = None
+        self.starts_step = True
+        self.checked_at = -1
+        if self.loss.negatives and self.source.met:
+            raise ValueError(
+                MET.format(
+                    f"pvla_states={states!r} gives those of blocks, in one sequence",
+                    "Set pvla_states='inputs'.",
+                )
+            )
+
+    @property
+    def weight(self) -> float:
+        """The alignment's weight beside the task's loss; 0 before the first measurement of a share."""
+        return self.args.pvla_weight if self.share is None else self.share.weight or 0.0
+
+    def align(self, states: VideoTextStates) -> Aligned:
+        """What the loss finds in states, beside those of all other devices.
+
+        Raises:
+            ValueError: if there are negatives to compare with and the states have met.
+        """
+        if self.loss.negatives and states.met:
+            raise ValueError(
+                MET.format(
+                    "a function gives them here",
+                    "If it takes them apart from each other, let it say so: VideoTextStates(..., met=False).",
+                )
+            )
+        return Aligned(states, self.loss.details(*states[:4], across_devices=self.loss.negatives))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In this context a model is in evaluation mode; after it each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def mean_distance(details: PvlaDetails) -> Tensor:
+    """Mean of the losses over the valid samples of a batch."""
+    return details.loss.sum() / details.valid.sum().clamp(min=1)
+
+
+def rng_kept(device: torch.device):  # type: ignore[no-untyped-def]
+    """In this context random numbers may be drawn, which aren't missing after it."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], device_type="cuda")

@@ -1,0 +1,77 @@
+"""Which tokens of a sequence are video and which are text."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .states import TOKEN_MASKS, Batch
+
+
+# Entries of a model's config that hold the ids that stand for visual tokens in `input_ids`.
+PLACEHOLDERS = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
+
+
+class TokenMasks:
+    """Tells a batch's video tokens from its text: by the batch's masks, else by the placeholders in `input_ids`.
+
+    Args:
+        model: whose configs name the placeholders.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.placeholders = _placeholder_ids(model)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which positions are video, `(batch, time)` bool; and which are text, bool or the weights of words.
+
+        Raises:
+            ValueError: if neither masks nor placeholders tell.
+        """
+        video, text = (batch.get(name) for name in TOKEN_MASKS)
+        ids, valid = batch.get("input_ids"), batch.get("attention_mask")
+        if video is None:
+            if ids is None or not self.placeholders:
+                raise ValueError(
+                    "PVLA can't tell which tokens are video and which are text: the model's config names no "
+                    "placeholder id (`video_token_id`, `image_token_id`). Let the dataset or its collator give "
+                    f"{TOKEN_MASKS[0]!r} and {TOKEN_MASKS[1]!r}, `(batch, time)` each; a dual encoder takes "
+                    "pvla_states='towers'; or give the Trainer a function as `pvla_states`."
+                )
+            video = reduce(or_, (ids == token for token in self.placeholders))
+        video = video.bool()
+        if text is None:
+            text = ~video
+        elif not text.is_floating_point():
+            text = text.bool()
+        elif text.device.type == "cpu" and (text < 0).any():
+            raise ValueError(f"{TOKEN_MASKS[1]!r} has negative weights; expected 0 or more for each token.")
+        if valid is not None and valid.shape == video.shape:
+            video, text = video & valid.bool(), text * valid.bool()
+        return video, text
+
+
+def gathered(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The masked positions moved to the front and the rest cut off: `(blocks * batch, longest, dim)` and their mask.
+
+    Costs are all pairs of positions, so leaving the rest in would cost more than finding out how many there are.
+
+    Args:
+        states: `(batch, time, dim)` of each block.
+        mask: `(batch, time)`, bool or weights.
+    """
+    counts = mask > 0
+    longest = max(int(counts.sum(1).max()), 1)
+    order = counts.logical_not().long().argsort(dim=1, stable=True)[:, :longest]
+    front = torch.cat([x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])) for x in states])
+    return front, mask.gather(1, order).repeat(len(states), 1)
+
+
+def _placeholder_ids(model: nn.Module) -> list[int]:
+    configs = [owner.config for owner in model.modules() if isinstance(owner, PreTrainedModel)]
+    found = {getattr(config, name, None) for config in configs for name in PLACEHOLDERS}
+    return sorted(token for token in found if isinstance(token, int))
