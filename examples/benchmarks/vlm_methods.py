@@ -29,7 +29,7 @@ from vlm.modeling import adapt_model, load_model, load_processor
 from vlm.options import parse_options
 
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 QUERIES = r".*text_model.*(q_proj|v_proj)"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "READ, GRU, r = 16": ("read", {"r": 16, "cell": "gru"}),

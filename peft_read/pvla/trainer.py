@@ -117,7 +117,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
                 f"{'per_device_train_batch_size' if pairs is None else 'pvla_pairs_batch_size'}."
             )
         states = self.args.pvla_states if self._given_states is None else self._given_states
-        return Alignment(cast(nn.Module, self.model), self.args, states, pairs)
+        return Alignment(cast(nn.Module, self.model), self.args, states, pairs, self.processing_class)
 
     def _pair_batches(self, dataset: Any) -> PairBatches:
         if self._is_sharded():
