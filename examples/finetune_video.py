@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from common.annotations import SPLITS, decode_clips
 from common.files import RESULTS, check_output
 from common.processes import from_main_process, join_processes, leave_processes, once_a_machine, run_alone
@@ -62,6 +63,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 3e-3, 1e-2
 FEATURE_NOISE = 0.5
+PAIRS_IN_STEP = 16  # on all devices together
 SHOWN = 4  # test videos in the picture
 PVLA_STATES = (*BLOCK_SOURCES, "inputs")
 MADE = Path("made once")  # what --pairs is without a folder
@@ -75,17 +77,7 @@ def main() -> None:
         make_defaults(args)
         return
     processes = join_processes()
-    if not args.evaluate:
-        if args.batch_size % processes.num_processes:
-            raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {processes.num_processes} processes.")
-        if processes.is_main_process:
-            check_output(args.output)
-        make_config(args.method, args.method_config, [])  # a mistake there shows before anything is made
-    if processes.num_processes == 1:
-        make_defaults(args)
-    elif args.data is None or args.model is None or args.pairs == MADE:
-        once_a_machine(processes, lambda: run_alone(__file__, *sys.argv[1:], "--prepare"))
-    name_defaults(args)
+    prepare(args, processes)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     annotations, examples, pairs = from_main_process(processes, lambda: read_examples(args, tokenizer))
     collator = Collator(tokenizer)
@@ -128,6 +120,21 @@ def main() -> None:
         draw(args, annotations["test"][:SHOWN], examples["test"][:SHOWN], saliency, plans)
         if args.method != "head":
             check_saved(args, results[args.method]["test"])
+
+
+def prepare(args: argparse.Namespace, processes: PartialState) -> None:
+    """Refuse what can't work before anything is made; make what the command line leaves to the default; name it."""
+    if not args.evaluate:
+        if args.batch_size % processes.num_processes:
+            raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {processes.num_processes} processes.")
+        if processes.is_main_process:
+            check_output(args.output)
+        make_config(args.method, args.method_config, [])  # a mistake there shows before anything is made
+    if processes.num_processes == 1:
+        make_defaults(args)
+    elif args.data is None or args.model is None or args.pairs == MADE:
+        once_a_machine(processes, lambda: run_alone(__file__, *sys.argv[1:], "--prepare"))
+    name_defaults(args)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -230,6 +237,10 @@ def adapt(
     """Freeze `model` but for its head, and its projection if that is new, and add an adapter of a PEFT method.
 
     Args:
+        model: as `load_base` gives it.
+        method: a PEFT method's name, or head.
+        fields: of the method's config; its defaults by default.
+        seed: of all that is new.
         new_projection: whether to give a model that was saved with a projection a new one.
     """
     set_seed(seed)
@@ -269,6 +280,9 @@ def fit(
 ) -> PvlaTrainer:
     """Train, with PVLA where that is asked for and there is an adapter."""
     names = ("pvla_weight", "pvla_gradient_share", "pvla_states", "pvla_negatives")
+    pvla = {name: getattr(args, name) for name in names}
+    if pairs is not None:
+        pvla["pvla_pairs_batch_size"] = max(1, min(PAIRS_IN_STEP, len(pairs)) // join_processes().num_processes)
     return train(
         model,
         examples,
@@ -279,8 +293,8 @@ def fit(
         seed=args.seed,
         output_dir=str(args.output),
         description=method,
-        pvla=None if method == "head" else {name: getattr(args, name) for name in names},
-        pairs=pairs,
+        pvla=None if method == "head" else pvla,
+        pairs=None if method == "head" else pairs,
     )
 
 

@@ -1,4 +1,4 @@
-"""Questions that only pictures, sound and text together answer: LSTTA in three frozen towers, and what it is worth.
+r"""Questions that only pictures, sound and text together answer: LSTTA in three frozen towers, and what it is worth.
 
 Without arguments it makes clips with a sound track in which handwritten digits are seen and tones are heard, and
 questions about them ("which digit at the high tone?"); it makes a vision and an audio tower, takes a pretrained text
@@ -8,7 +8,7 @@ encoder, and compares LSTTA with pairs of modalities, with late fusion, and with
 
 With your own clips and towers:
 
-    python examples/trimodal_question_answering.py --data my_clips --vision my_vision_model --audio my_audio_model \\
+    python examples/trimodal_question_answering.py --data my_clips --vision my_vision_model --audio my_audio_model \
         --text my_text_model
 
 The data folder holds an `annotations.jsonl` with one object a line: `video` (a path relative to the folder), `query`,
@@ -47,7 +47,7 @@ from peft_read import TrimodalProcessor, describe_adapter
 
 LEARNING_RATE, LATE_LEARNING_RATE = 5e-3, 3e-3
 ADAPTER = "adapter"
-SHOWN = 3
+SHOWN = 2  # test clips in the picture
 
 
 def main() -> None:

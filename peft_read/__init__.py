@@ -1,41 +1,46 @@
 """READ and LSTTA for Hugging Face PEFT: adapters for video, audio and language models.
 
-Importing the package makes `READ` and `LSTTA` methods of PEFT like any built-in ones.
+Importing the package makes `READ` and `LSTTA` methods of PEFT like any built-in ones. The rooms, from the bottom up;
+each one's docstring says what its files are:
+
+- `recurrence`: the masked scan of a recurrent cell, which `recurrence/naive.py` defines.
+- `architectures`: where blocks and feed-forward parts are in a model; exceptions of model types in `exceptions.py`.
+- `lockstep`: several towers' forwards, block by block, for composite models.
+- `forward`: what a layer must know of the running forward: padding, packing, caches.
+- `tuners`: what both methods share as methods of PEFT.
+- `read`, `lstta`: the two methods. `pvla`: the alignment of video and words, and Trainers. `trimodal`: the model of
+  three towers. `cards`: model cards.
 """
 
-from .tuners.registration import add_peft_type, register
+from .architectures.targets import find_feed_forward_outputs
+from .cards.overrides import install as install_cards
+from .cards.writing import describe_adapter
+from .forward.description import describe_tokens
+from .lstta.config import LsttaConfig
+from .lstta.model import LsttaModel
+from .pvla.arguments import PvlaArguments, PvlaSeq2SeqTrainingArguments, PvlaTrainingArguments
+from .pvla.loss import PvlaLoss
+from .pvla.picture import plot_plan
+from .pvla.states import VideoTextStates
+from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer
+from .pvla.transport import partial_transport
+from .read.config import ReadConfig
+from .read.model import ReadModel
+from .recurrence.onnx import onnx_translations
+from .recurrence.scan import recurrent_scan
+from .trimodal.configuration import TrimodalConfig
+from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification
+from .trimodal.modeling import TrimodalModel
+from .trimodal.processing import TrimodalProcessor
+from .tuners.registration import register
 
 
-add_peft_type("READ")
-add_peft_type("LSTTA")
-
-from .architectures.targets import find_feed_forward_outputs  # noqa: E402
-from .cards.overrides import install as install_cards  # noqa: E402
-from .cards.writing import describe_adapter  # noqa: E402
-from .forward.description import describe_tokens  # noqa: E402
-from .lstta.config import LsttaConfig  # noqa: E402  (a config is a dataclass of the type that was just added)
-from .lstta.model import LsttaModel  # noqa: E402
-from .pvla.arguments import PvlaArguments, PvlaSeq2SeqTrainingArguments, PvlaTrainingArguments  # noqa: E402
-from .pvla.loss import PvlaLoss  # noqa: E402
-from .pvla.picture import plot_plan  # noqa: E402
-from .pvla.states import VideoTextStates  # noqa: E402
-from .pvla.trainer import PvlaMixin, PvlaSeq2SeqTrainer, PvlaTrainer  # noqa: E402
-from .pvla.transport import partial_transport  # noqa: E402
-from .read.config import ReadConfig  # noqa: E402
-from .read.model import ReadModel  # noqa: E402
-from .recurrence.onnx import onnx_translations  # noqa: E402
-from .recurrence.scan import recurrent_scan  # noqa: E402
-from .trimodal.configuration import TrimodalConfig  # noqa: E402
-from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification  # noqa: E402
-from .trimodal.modeling import TrimodalModel  # noqa: E402
-from .trimodal.processing import TrimodalProcessor  # noqa: E402
-
+__version__ = "0.1.0"  # the one place: packaging reads it here
 
 register(ReadConfig, ReadModel)
 register(LsttaConfig, LsttaModel)
 install_cards()
 
-__version__ = "0.1.0"
 __all__ = [
     "LsttaConfig",
     "LsttaModel",

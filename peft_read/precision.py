@@ -1,4 +1,4 @@
-"""Computing in float32 at least, whatever the adapters' weights and the surroundings are in."""
+"""Run adapters and solvers in float32 (or float64), regardless of autocast and of the weights' dtype."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 
 _NOTHING = nullcontext()
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in where something is of `dtype`."""
+    return dtype if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

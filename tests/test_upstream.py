@@ -208,6 +208,11 @@ TABLE = [
     *names("sharding by FSDP", "accelerate.utils", {"parse_flag_from_env": ("key", "default")}),
     *names("packed sequences, told by positions", "transformers", {"PreTrainedConfig._attn_implementation": None}),
     *names("gradient checkpointing", "transformers.modeling_layers", {"GradientCheckpointingLayer": None}),
+    *names(
+        "which models generate",
+        "transformers.models.auto.modeling_auto",
+        {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": None, "MODEL_FOR_MASKED_LM_MAPPING_NAMES": None},
+    ),
     *names("linear layers of GPT-2", "transformers.pytorch_utils", {"Conv1D": ("nf", "nx")}),
     *names("activations by name", "transformers.activations", {"ACT2FN": None}),
     *names("hidden states of towers in lockstep", "transformers.utils.output_capturing", {"_active_collector": None}),

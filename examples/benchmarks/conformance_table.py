@@ -1,9 +1,10 @@
-"""Which families READ works on: runs the conformance suite and writes its outcome as a table into the README.
+"""Which families READ works on: runs the conformance suite and writes its outcome as a table into their page.
 
     python examples/benchmarks/conformance_table.py [--print]
 
 Each family is a tiny random model with READ where it puts itself by default. The checks are those of
-`tests/conformance/checks.py`; a test keeps the README's table true. Takes about half a minute on one core.
+`tests/support/conformance/checks.py`; a test keeps the table of `tests/conformance/README.md` true. Takes about half a
+minute on one core.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "tests" / "conformance" / "README.md"
 START, END = "<!-- conformance -->", "<!-- /conformance -->"
 PASSED, NOT_APPLICABLE = "✓", "-"
 PADDING = {("right",): "✓ right", (): NOT_APPLICABLE}
@@ -51,11 +52,11 @@ def table(outcome: Callable[[str, str], Exception | None]) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
-def table_in(readme: str) -> str | None:
-    """The table that a README holds between the markers; None without markers."""
-    if START not in readme or END not in readme:
+def table_in(page: str) -> str | None:
+    """The table that a page holds between the markers; None without markers."""
+    if START not in page or END not in page:
         return None
-    return readme.partition(START)[2].partition(END)[0].strip() + "\n"
+    return page.partition(START)[2].partition(END)[0].strip() + "\n"
 
 
 def _failure(error: Exception) -> str:
@@ -64,10 +65,11 @@ def _failure(error: Exception) -> str:
 
 
 def main() -> None:
+    """Run all checks, and write or print the table."""
     parser = argparse.ArgumentParser(description="The conformance suite's outcome as a table.")
-    parser.add_argument("--print", action="store_true", help="print the table and leave the README alone")
+    parser.add_argument("--print", action="store_true", help="print the table and leave the page alone")
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
+    sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "examples")]
     warnings.simplefilter("ignore")  # of the base models
     from conformance.checks import outcome
 
@@ -75,11 +77,11 @@ def main() -> None:
     if args.print:
         print(result, end="")
         return
-    readme = README.read_text(encoding="utf-8")
-    if table_in(readme) is None:
-        sys.exit(f"{README} has no place for the table: put {START} and {END} on lines of their own, or use --print.")
-    before, _, rest = readme.partition(START)
-    README.write_text(f"{before}{START}\n{result}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    if table_in(page) is None:
+        sys.exit(f"{PAGE} has no place for the table: put {START} and {END} on lines of their own, or use --print.")
+    before, _, rest = page.partition(START)
+    PAGE.write_text(f"{before}{START}\n{result}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/benchmarks/grounding_methods.py
 
 Runs that script once per method and seed, with the same data, steps and learning rate (3e-3; the head alone 1e-2), and
-prints the table of the README. A seed changes the initialisation and the order of the training videos.
+prints the table of `README.md` here. A seed changes the initialisation and the order of the training videos.
 """
 
 from __future__ import annotations

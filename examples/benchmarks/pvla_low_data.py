@@ -5,7 +5,7 @@
 The favourable case: a text encoder as it comes, which has never seen a frame, and plain queries ("the five": all its
 moments), so that matching words and frames is the task itself; 25 and 50 of the videos that `finetune_video.py` makes.
 PVLA on the outputs of all adapted blocks, its gradient 5 % of the task's. A seed chooses the training videos, the
-initialisation and their order; the differences are paired by seed. Prints the table of the README.
+initialisation and their order; the differences are paired by seed. Prints the table of `pvla.md`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def test_map(trainer: transformers.Trainer, examples: Examples) -> float:
 
 
 def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """`mean ± standard deviation`, as text."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):{sign}.1f} ± {spread:.1f}"
 

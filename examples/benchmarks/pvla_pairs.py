@@ -112,7 +112,7 @@ MORE_ROWS: dict[str, Row] = {
     "contrastive .5, 400 pairs, no labels: matching by cosine": Row(NEGATIVES, 400, stages=0, like=CONTRASTIVE),
     "ridge map on frame labels (upper bound)": Row(None, ridge=True, like=ALONE),
 }
-CELLS = (("second", 50), ("plain", 25), ("second", 100), ("plain", 50), ("second", 25), ("plain", 100))
+CELLS = (("plain", 25), ("second", 50), ("plain", 50), ("second", 100), ("plain", 100), ("second", 25))
 MORE_CELLS = (("plain", 10), ("second", 10))
 
 
@@ -201,11 +201,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen_rows(args: argparse.Namespace) -> dict[str, Row]:
+    """Methods by the command line."""
     rows = ROWS | (MORE_ROWS if args.everything or args.rows else {})
     return {name: row for name, row in rows.items() if args.rows is None or re.search(args.rows, name)}
 
 
 def chosen_cells(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Tasks and numbers of labels by the command line."""
     cells = [*CELLS, *(MORE_CELLS if args.everything or args.cells else ())]
     return [(task, labels) for task, labels in cells if args.cells is None or f"{task}-{labels}" in args.cells]
 
@@ -342,6 +344,7 @@ def fit(
 
 
 def no_task(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+    """A task's loss that is nothing: pairs alone train."""
     return 0 * outputs.logits.sum()
 
 
@@ -369,6 +372,7 @@ def chosen_pairs(run: Run, row: Row, materials: Materials) -> Examples:
 
 
 def projection_of(model: nn.Module) -> nn.Module:
+    """The part of the model that puts frames into the space of words."""
     return (model.get_base_model() if isinstance(model, PeftModel) else model).get_submodule("frame_projection")
 
 
@@ -436,6 +440,7 @@ def print_table(args: argparse.Namespace, results: Results) -> None:
 
 
 def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """For a table: `12.3 ± 0.4`."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.1f}{spread}"
 

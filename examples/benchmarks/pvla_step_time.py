@@ -3,8 +3,10 @@
     python examples/benchmarks/pvla_step_time.py
 
 The example's model with random weights and random data, batch 8, 24 frames, queries of 3 words. Trainers with and
-without PVLA take turns step by step, so that a machine that gets slower or faster does so for all. Prints the table of
-the README: the median, over rounds of 100 steps, of the ratio to the processor time without PVLA.
+without PVLA take turns step by step, so that a machine that gets slower or faster does so for all. Prints a table of
+`README.md` here: the median, over rounds of 100 steps, of the ratio to the processor time without PVLA. With
+`--negatives`, instead, what the loss alone takes with and without the negatives of a batch, forward and backward, of
+24 frames and 12 words each.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from video_grounding.modeling import GroundingConfig, GroundingModel
 
-from peft_read import PvlaTrainer, PvlaTrainingArguments, ReadConfig
+from peft_read import PvlaLoss, PvlaTrainer, PvlaTrainingArguments, ReadConfig
 
 
 BATCH, WORDS, FRAMES = 8, 3, 24
@@ -35,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without PVLA": {"pvla_weight": 0.0},
     "last block": {"pvla_states": "last_block"},
     "all blocks": {"pvla_states": "all_blocks"},
+    "inputs": {"pvla_states": "inputs"},
+    "inputs, negatives of the batch": {"pvla_states": "inputs", "pvla_negatives": True},
     "last block, health every 100 steps": {"pvla_states": "last_block", "pvla_health_steps": 100},
     "last block, weight by gradient share": {"pvla_states": "last_block", "pvla_gradient_share": 0.05},
 }
@@ -45,7 +49,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one step that warms up")
     parser.add_argument("--steps", type=int, default=100, help="steps of each variant in a round")
+    parser.add_argument("--negatives", action="store_true", help="time the loss alone, by size of the batch")
     args = parser.parse_args()
+    if args.negatives:
+        time_negatives(args.rounds)
+        return
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     steps = 1 + args.rounds * args.steps
@@ -79,7 +87,7 @@ def make_trainer(options: dict[str, Any], steps: int) -> PvlaTrainer:
     set_seed(0)
     text = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     model = GroundingModel(GroundingConfig(text, feature_size=64, sep_token_id=3))
-    model = get_peft_model(model, ReadConfig(r=16, cell="gru", modules_to_save=["saliency_head"]))
+    model = get_peft_model(model, ReadConfig(r=16, cell="gru", modules_to_save=["saliency_head", "frame_projection"]))
     arguments = PvlaTrainingArguments(
         output_dir="runs/pvla_step_time",
         max_steps=steps,
@@ -96,7 +104,39 @@ def make_trainer(options: dict[str, Any], steps: int) -> PvlaTrainer:
     return PvlaTrainer(model, arguments, train_dataset=random_examples(), callbacks=[TakeTurns()])
 
 
+def time_negatives(rounds: int) -> None:
+    """Milliseconds of the loss and its gradient, without and with negatives, and the pairs that there are."""
+    torch.set_num_threads(1)
+    print("| batch | pairs | without negatives | with them | kept for the gradient |\n|---|---|---|---|---|")
+    for batch in (8, 32, 64):
+        states = [torch.randn(batch, points, 384, requires_grad=True) for points in (24, 12)]
+        taken = {}
+        for negatives in (False, True):
+            loss, seconds = PvlaLoss(negatives=negatives), []
+            for _ in range(rounds + 1):
+                start = time.process_time()
+                torch.autograd.grad(loss(*states), states)
+                seconds.append(time.process_time() - start)
+            taken[negatives] = f"{1e3 * statistics.median(seconds[1:]):.1f} ms"  # the first warms up
+        kept = kept_bytes(loss, states) / 2**20
+        print(f"| {batch} | {batch**2} | {taken[False]} | {taken[True]} | {kept:.1f} MiB |", flush=True)
+
+
+def kept_bytes(loss: PvlaLoss, states: list[torch.Tensor]) -> int:
+    """Of the tensors that autograd saves."""
+    sizes = {}
+
+    def save(x: torch.Tensor) -> torch.Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        loss(*states)
+    return sum(sizes.values())
+
+
 def random_examples() -> list[dict[str, torch.Tensor]]:
+    """One batch of examples in the shapes of `finetune_video.py`'s."""
     length = WORDS + 2 + FRAMES + 1
     position = torch.arange(length)
     return [

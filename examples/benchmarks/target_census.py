@@ -8,7 +8,8 @@ Builds each type from its default config on the meta device, where weights take 
 and the language model, or where a type has neither, what it has for other tasks. A type is right if all of these are,
 as far as they can be built. It is judged by the strongest evidence that there is:
 
-- measured: the targets in `tests/read_targets.json`, of the type and of the towers in it, have to be found.
+- measured: the targets in `tests/architectures/read_targets.json`, of the type and of the towers in it, have to be
+  found.
 - read from code: the same, but these targets, the entries with the source "code", weren't measured, or not all.
 - own rule: elsewhere the blocks are looked up by a simple rule of the census's own (`blocks_of`), and each has to hold
   exactly one target, of the block's width, and none may lie outside: that shows slips, but not a mistake that both
@@ -42,7 +43,7 @@ from peft_read import find_feed_forward_outputs
 from peft_read.architectures.targets import default_targets, owner_of
 
 
-MEASURED = Path(__file__).parents[2] / "tests" / "read_targets.json"
+MEASURED = Path(__file__).parents[2] / "tests" / "architectures" / "read_targets.json"
 # The base model, and what people fine-tune most.
 AUTO_CLASSES = ("", "FOR_CAUSAL_LM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_MULTIMODAL_LM", "FOR_SPEECH_SEQ_2_SEQ")
 AUTO_CLASSES += ("FOR_IMAGE_TEXT_TO_TEXT", "FOR_TEXT_TO_WAVEFORM", "FOR_PRETRAINING")
@@ -81,6 +82,7 @@ def _classes_in(mappings: tuple[str, ...], model_type: str) -> list[type[PreTrai
 
 
 def time_out(*_: object) -> None:
+    """Ends a model that takes too long, as a handler of a signal."""
     raise TimeoutError
 
 
@@ -262,6 +264,7 @@ def judge_forward(model_type: str) -> tuple[bool, list[str]]:
 
 
 def main() -> None:
+    """Judge the targets of the model types, and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; all of them by default")
     parser.add_argument("--run", action="store_true", help="check in a forward, too, what nothing was measured of")

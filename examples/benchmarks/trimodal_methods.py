@@ -4,9 +4,9 @@
     python examples/benchmarks/trimodal_methods.py --clips long
     python examples/benchmarks/trimodal_methods.py --clips two_digits
 
-Runs that script once per seed, each in a process of its own, and prints the tables of the README. A seed changes the
-training and validation clips, the initialisation and the order; towers and test clips are always the same. Seeds that
-have been run are read from the output folder, not run again. Long clips take hours on two cores.
+Runs that script once per seed, each in a process of its own, and prints the tables of `README.md` here. A seed changes
+the training and validation clips, the initialisation and the order; towers and test clips are always the same. Seeds
+that have been run are read from the output folder, not run again. Long clips take hours on two cores.
 """
 
 from __future__ import annotations

@@ -55,8 +55,15 @@ def train(
     """Train what is trainable in `model`, in place, as `OPTIMIZER` says.
 
     Args:
-        batch_size: of all processes together.
+        model: what to train.
+        examples: what to train it on.
+        collator: makes a batch of examples.
+        steps: of the optimiser.
+        learning_rate: the peak rate.
         learning_rates: rates of modules that differ, by the end of the module's name.
+        seed: of the order of the examples.
+        batch_size: of all processes together.
+        output_dir: the Trainer's folder.
         description: shown with the progress.
         pvla: options of PVLA; none by default, and the Trainer is transformers' own.
         pairs: examples without labels, which PVLA aligns in place of `examples`.

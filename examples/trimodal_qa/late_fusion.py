@@ -136,6 +136,7 @@ class FrameMlp(LateFusion):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, self.classes))
 
     def fuse(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits by frame."""
         frames = batch["frame_mask"].shape[1]
         sounds = _mean_in_windows(batch["sounds"], batch["frame_mask"], self.window or frames)
         words = _mean_in_windows(batch["words"], batch["word_mask"], batch["words"].shape[1])[:, :1]
@@ -175,6 +176,7 @@ class TokenTransformer(LateFusion):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.classes))
 
     def fuse(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits by frame."""
         frames = batch["frame_mask"].shape[1]
         tokens = {name: self.projections[name](batch[name]) + self.kind[name] for name in self.sizes}
         for name in ("pictures", "sounds"):

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 
 
 RATE = 16000
+LOUDNESS = 40  # decibels from the darkest to the brightest colour
 NOTHING = "-"
 
 
@@ -64,7 +65,7 @@ def draw_answers(path: Path, clips: Sequence[Shown]) -> None:
         _draw_sound(rows[1], clip)
         _draw_importance(rows[2], clip)
         _draw_table(rows[3], clip)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=95)
     plt.close(figure)
 
 
@@ -82,7 +83,10 @@ def _draw_sound(axis: Axes, clip: Shown) -> None:
         return
     # Its end may lie beyond that of the pictures, as encoders fill up their last frame.
     end = len(clip.truth) * len(sound) / RATE / length_of(clip.video)
-    axis.specgram(sound, NFFT=512, Fs=RATE, noverlap=256, xextent=(0, end))
+    with np.errstate(divide="ignore"):  # of silence
+        spectrum, *_, image = axis.specgram(sound, NFFT=512, Fs=RATE, noverlap=256, xextent=(0, end))
+    loudest = 10 * np.log10(spectrum.max() or 1)
+    image.set_clim(loudest - LOUDNESS, loudest)
     axis.set(xlim=(0, len(clip.truth)), ylim=(0, RATE / 4), xticks=[], yticks=[], ylabel="sound")
 
 
@@ -93,7 +97,8 @@ def _draw_importance(axis: Axes, clip: Shown) -> None:
     levels, frames = clip.importance.shape
     image = axis.imshow(clip.importance, extent=(0, frames, levels, 0), aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axis.figure.colorbar(image, ax=axis, pad=0.01)
-    axis.set(xticks=[], yticks=np.arange(levels) + 0.5, yticklabels=range(1, levels + 1), ylabel="importance")
+    axis.set(xticks=[], yticks=np.arange(levels) + 0.5, yticklabels=range(1, levels + 1))
+    axis.set_ylabel("importance\nat level", fontsize=8)
 
 
 def _draw_table(axis: Axes, clip: Shown) -> None:

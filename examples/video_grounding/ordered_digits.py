@@ -46,6 +46,7 @@ class Story:
 
     @property
     def digit_of_clip(self) -> np.ndarray:
+        """`(clips,)`, the digit that is seen, `NOTHING` between events."""
         return np.array([NOTHING if event < 0 else self.digits[event] for event in self.event_of_clip])
 
 

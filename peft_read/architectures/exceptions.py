@@ -27,18 +27,36 @@ ONLY_BY_NAME: dict[str, str] = {
     "evolla": r"protein_encoder\.",
     "idefics": r"(vision_model|perceiver_resampler)\.",
     "pi0": r"(dit|vlm\.vision_tower)\.",
+    # Its streams, which predict several tokens ahead, lie one after another on the axis of time.
+    "prophetnet": r"decoder\.",
     "videomae": r"decoder\.",
     "vit_mae": r"decoder\.",
     "vjepa2": r"predictor\.",
     "xclip": r"prompts_generator\.",
 }
 
-# Model types whose blocks give outputs of (time, batch, features).
-TIME_FIRST = ("xlnet",)
+# Model types that generate, though neither their configs nor transformers' lists of models say so.
+GENERATES = ("gpt_neox_japanese", "imagegpt")
 
-# Model types that are given the mask of one of their towers, while their own blocks see other tokens: X-CLIP's see the
-# frames of a video.
-MASK_OF_A_TOWER = ("xclip",)
+# Model types whose blocks give outputs of (time, batch, features).
+TIME_FIRST = ("fsmt", "xlnet")
+
+# Modules, by a pattern in their names, in models of a type, by the pattern of the class, whose outputs have no axis of
+# time alone.
+NO_TIME_AXIS: dict[str, str] = {
+    "prophetnet": "ProphetNetDecoder",
+}
+
+# Modules that see other tokens than the model's `attention_mask` is about, though it may have as many: by the
+# `model_type` of their model, patterns in their names, and the argument that is about these tokens; None if none of
+# them is padding.
+MASKS_OF_TOWERS: dict[str, dict[str, str | None]] = {
+    "bridgetower": {r"cross_modal_image_layers\.": None},
+    "idefics": {r"(^|\.)(vision_model|perceiver_resampler)\.": None},
+    "lxmert": {r"(^|\.)(r_layers\.|x_layers\.\d+\.visn_)": "visual_attention_mask"},
+    "perceiver": {"": None},  # latents
+    "xclip": {"": None},  # the frames of a video
+}
 
 # Model types that pad their tokens on the right to a whole number of windows, by the entry of the configuration that
 # tells.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Set
 from itertools import takewhile
@@ -11,9 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
-from .exceptions import EXCEPTIONS, ONLY_BY_NAME
+from .exceptions import EXCEPTIONS, GENERATES, ONLY_BY_NAME
 
 
 # In the names, of attributes or of classes, of what mixes the tokens of a sequence; the second is stronger.
@@ -45,6 +50,12 @@ def find_feed_forward_outputs(model: nn.Module) -> list[str]:
 
     Returns:
         Full module names, in the order of the model; empty if it has no such blocks.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=16)
+        >>> find_feed_forward_outputs(BertModel(config))
+        ['encoder.layer.0.output.dense', 'encoder.layer.1.output.dense']
     """
     modules = dict(_modules(model, _left_out(model)))
     stacks = [(name, module) for name, module in modules.items() if isinstance(module, nn.ModuleList | nn.Sequential)]
@@ -102,7 +113,7 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def attention_beside(model: nn.Module, name: str) -> list[nn.MultiheadAttention]:
-    """torch's attention in the block that a module lies in; empty if the block has none.
+    """Every `nn.MultiheadAttention` in the block that a module lies in; empty if the block has none.
 
     Args:
         model: the model that contains the module.
@@ -120,10 +131,24 @@ def attention_beside(model: nn.Module, name: str) -> list[nn.MultiheadAttention]
 
 
 def is_causal(owner: nn.Module) -> bool:
-    """Whether a model's tokens see only earlier ones."""
-    if getattr(getattr(owner, "config", None), "is_decoder", False):
+    """Whether a model generates its tokens: each of them sees only earlier ones."""
+    config = getattr(owner, "config", None)
+    if getattr(config, "is_decoder", False) or getattr(config, "causal", False):
         return True
-    return any(getattr(module, "is_causal", False) is True for module in owner.modules())
+    if any(getattr(module, "is_causal", False) is True for module in owner.modules()):
+        return True
+    if not isinstance(owner, PreTrainedModel):
+        return False
+    if type(owner).__name__.endswith("Decoder"):  # others that are called so take no words, such as DETR's
+        return "input_ids" in inspect.signature(type(owner).forward).parameters
+    model_type = _model_type(owner)
+    # Where a type can be both, its config says which, or its attention.
+    both = hasattr(config, "is_decoder") or model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    towers = {
+        part for m in owner.modules() if isinstance(m, PreTrainedModel) and m is not owner for part in m.modules()
+    }
+    both = both or any(getattr(m, "is_causal", None) is False for m in owner.modules() if m not in towers)
+    return model_type in GENERATES or (model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both)
 
 
 def takes_text(owner: nn.Module | None) -> bool:

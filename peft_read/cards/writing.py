@@ -49,6 +49,16 @@ def describe_adapter(
 
     Raises:
         TypeError: if the model's adapters aren't READ's or LSTTA's, or a result is no `EvalResult`.
+
+    Example:
+        >>> import peft_read, peft, tempfile, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> model = peft.get_peft_model(model, peft_read.ReadConfig(r=2, target_modules=["0"]))
+        >>> describe_adapter(model, data="Words about rain.", license="mit")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     "Words about rain." in Path(folder, "README.md").read_text(encoding="utf-8")
+        True
     """
     if not is_ours(model):
         raise TypeError(

@@ -27,6 +27,8 @@ GRID = "grid_thw"
 EDGES = "cu_seqlens"
 # Only continuous batching passes it: requests share the cache page by page.
 PAGES = "write_index"
+# Of tokens that aren't the model's own, or of what is learnt from them.
+MASKS_OF_OTHERS = ("encoder_attention_mask", "cross_attention_mask", "loss_mask", "label_mask")
 # Names that a cache usually has. A cache is known by its methods, under any name.
 CACHES = ("cache", "past_key_values")
 # Where other models keep what they know of earlier tokens: Mamba, XLNet, Reformer, RWKV, XLM and streaming encoders.

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,9 +53,12 @@ class ForwardContext:
         self._causal = causal
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
-        self._argument_names: dict[str, list[str]] = {}  # of the model (""), and of the parts that are watched
+        # Of the model ("") and of the parts that are watched: by position, and those masks that they can be given.
+        self._argument_names: dict[str, list[str]] = {}
+        self._mask_names: dict[str, list[str]] = {}
         self._recurrences: set[str] = set()
         self._has_warned = False
+        self._was_described = False
 
     @classmethod
     def attach(cls, owner: nn.Module, *, causal: bool) -> ForwardContext:
@@ -67,7 +71,7 @@ class ForwardContext:
         context: ForwardContext | None = owner.__dict__.get(_ATTRIBUTE)
         if context is None:
             context = cls(causal, type(owner))
-            context._argument_names[""] = _positional_names(type(owner).forward)
+            context._know_arguments("", owner)
             context._handles = [
                 owner.register_forward_pre_hook(context._enter_call, with_kwargs=True),
                 owner.register_forward_hook(context._leave_call, always_call=True),
@@ -85,21 +89,31 @@ class ForwardContext:
             target: the module in it that is going to be adapted.
 
         Returns:
-            Name of the outermost part around that module which takes a mask, None if there is none.
+            Name of the outermost part around that module which takes a mask; `""` for a model of one's own that takes
+            one of torch's itself, where no part of it does; None if there is none.
         """
         path = next(name for name, module in owner.named_modules() if module is target)
         parts = path.split(".")[:-1]
         for name in itertools.accumulate(parts, "{}.{}".format):
             module = owner.get_submodule(name)
-            positional = _positional_names(type(module).forward)
-            if not {"attention_mask", *names.PADDING_MASKS}.intersection(positional):
-                continue
-            if name not in self._argument_names:
-                self._argument_names[name] = positional
-                note = partial(self._note_part, name)
-                self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
-            return name
-        return None
+            if name not in self._mask_names:
+                self._know_arguments(name, module)
+                if self._takes_a_mask(name):
+                    self._handles += [
+                        module.register_forward_pre_hook(partial(self._enter_part, name), with_kwargs=True),
+                        module.register_forward_hook(partial(self._leave_part, name), always_call=True),
+                    ]
+            if self._takes_a_mask(name):
+                return name
+        return "" if not self.is_required and self._takes_a_mask("") else None
+
+    def _know_arguments(self, name: str, module: nn.Module) -> None:
+        parameters = _parameters(type(module).forward)
+        self._argument_names[name] = _positional(parameters)
+        self._mask_names[name] = [p.name for p in parameters if p.name in names.OF_PARTS]
+
+    def _takes_a_mask(self, name: str) -> bool:
+        return not {"attention_mask", *names.PADDING_MASKS}.isdisjoint(self._mask_names[name])
 
     @staticmethod
     def detach(owner: nn.Module) -> None:
@@ -120,11 +134,12 @@ class ForwardContext:
         Raises:
             RuntimeError: if none runs because a checkpoint recomputes a layer by itself.
         """
-        running = self._stack[-1] if self._stack else None
+        stack, backward = self._stack, backward_pass()
+        running = stack[-1] if stack else None
         # A forward that was interrupted from the keyboard leaves its call behind, which a backward pass mustn't take.
-        if running is not None and running.backward == backward_pass():
+        if running is not None and running.backward == backward:
             return running
-        if backward_pass() != -1:
+        if backward != -1:
             raise RuntimeError(
                 "A READ layer is recomputed in the backward pass by a checkpoint that it doesn't know of, so that it "
                 "can't tell which tokens are padding. Use the model's own `gradient_checkpointing_enable()`."
@@ -142,13 +157,24 @@ class ForwardContext:
 
     def warn_of_masks(self, unread: tuple[str, ...]) -> None:
         """Say once that a model of one's own was given masks that READ doesn't read."""
+        self._warn(
+            f"the model was given {', '.join(unread)}, which READ doesn't read; it reads "
+            f"{', '.join((*names.MASKS, *names.PADDING_MASKS))}."
+        )
+
+    def warn_of_no_call(self, module_name: str) -> None:
+        """Say once that a layer ran without a call of the model of one's own that it is in."""
+        self._warn(
+            f"{module_name} runs outside of a call of its model, by another method perhaps, so that READ sees no mask."
+        )
+
+    def _warn(self, reason: str) -> None:
         if not self._has_warned and not torch.compiler.is_compiling():
             self._has_warned = True
             warnings.warn(
-                f"READ takes all tokens as valid, but the model was given {', '.join(unread)}, which READ doesn't "
-                f"read; it reads {', '.join((*names.MASKS, *names.PADDING_MASKS))}. If tokens are padded, say which "
-                "are valid around the call: `with peft_read.describe_tokens(valid): ...`; if none are, "
-                "`with peft_read.describe_tokens(): ...`.",
+                f"READ takes all tokens as valid, but {reason} If tokens are padded, say which are valid around the "
+                "call: `with peft_read.describe_tokens(valid): ...`; if none are, `with peft_read.describe_tokens(): "
+                "...`.",
                 stacklevel=2,
             )
 
@@ -178,17 +204,38 @@ class ForwardContext:
     def _enter(self, owner: nn.Module, arguments: dict[str, Any]) -> None:
         if owner.training and torch.is_grad_enabled():
             self._follow_checkpoints(owner)
-        self._stack.append(RunningForward.of(ForwardCall.of(owner, arguments, causal=self._causal)))
+        call = ForwardCall.of(owner, arguments, causal=self._causal)
+        if self._was_described and not call.described and backward_pass() != -1:
+            raise RuntimeError(
+                "A checkpoint runs a call of a model with READ again in the backward pass, where the description of "
+                "its tokens has ended. Put `with peft_read.describe_tokens(...)` inside of the function that is "
+                "checkpointed."
+            )
+        self._was_described |= bool(call.described)
+        running = RunningForward.of(call)
+        running.parts[""] = self._masks_of("", arguments)
+        self._stack.append(running)
 
     def _leave(self, output: Any) -> None:
         running = self._stack.pop()
         if output is not None:  # None after an exception
             leave_states(running, output, self._recurrences)
 
-    def _note_part(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_part(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = self._arguments(name, args, kwargs)
+        if not self._stack and not self.is_required and backward_pass() == -1:
+            # By a method of the model's that no hook sees, or alone.
+            call = replace(ForwardCall.of(module, arguments, causal=self._causal), mask=None)
+            self._stack.append(RunningForward.of(call, is_of=name))
         if self._stack:
-            given = self._arguments(name, args, kwargs)
-            self._stack[-1].parts[name] = {kept: given[kept] for kept in names.OF_PARTS if kept in given}
+            self._stack[-1].parts[name] = self._masks_of(name, arguments)
+
+    def _leave_part(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._stack and self._stack[-1].is_of == name:
+            self._leave(output)
+
+    def _masks_of(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {kept: arguments.get(kept) for kept in self._mask_names[name]}
 
     def _arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._argument_names[name], args, strict=False)) | kwargs
@@ -224,7 +271,7 @@ def _record_methods(cls: type[nn.Module]) -> None:
 
 
 def _recorded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    argument_names = _positional_names(method)
+    argument_names = _positional(_parameters(method))
 
     @functools.wraps(method)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -257,6 +304,7 @@ class _CheckpointInContext:
         running = self.context.running()
         if running is None:
             return self.checkpoint(function, *args, **kwargs)
+        running = running.so_far()
 
         def in_call(*args: Any, **kwargs: Any) -> Any:
             with self.context.resumed(running):
@@ -275,7 +323,10 @@ def _without_context(function: Callable[..., Any], context: ForwardContext) -> C
     return function if inner is function.checkpoint else _CheckpointInContext(function.context, inner)
 
 
-def _positional_names(method: Callable[..., Any]) -> list[str]:
-    """Names of a method's arguments by position. Of the class's: accelerate puts one of its own on an instance."""
-    parameters = list(inspect.signature(method).parameters.values())[1:]
+def _parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    """A method's arguments. Of the class's: accelerate puts one of its own on an instance."""
+    return list(inspect.signature(method).parameters.values())[1:]
+
+
+def _positional(parameters: list[inspect.Parameter]) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

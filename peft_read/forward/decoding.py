@@ -27,13 +27,13 @@ class LeftStates:
     is_partial: bool
 
 
-def state_before(call: ForwardCall, name: str, rows: Tensor | slice) -> Tensor | None:
+def state_before(call: ForwardCall, name: str, rows: Tensor | None) -> Tensor | None:
     """The state `(rows, width)` before a call's tokens, None if these are the first.
 
     Args:
         call: the call.
         name: which recurrence's.
-        rows: of which rows of the batch.
+        rows: of which rows of the batch; None for all.
 
     Raises:
         ValueError: if the cache holds tokens of which the recurrence has seen nothing, or earlier tokens are kept in
@@ -61,7 +61,15 @@ def state_before(call: ForwardCall, name: str, rows: Tensor | slice) -> Tensor |
     # A cache of fixed size has its length on the device: its histories are told when they fall behind.
     if history is None or past is None or seen < (1 if isinstance(past, Tensor) else past):
         _refuse_cache(call, name, seen)
-    start = history.before(past)[rows]
+    start = history.before(past)
+    if call.tokens_shape is not None and start.shape[0] != call.tokens_shape[0]:
+        raise ValueError(
+            f"READ ({name}) can't continue from this cache: its states are of {start.shape[0]} rows, the batch "
+            f"has {call.tokens_shape[0]}. Change a cache by its own methods, such as `batch_repeat_interleave`, "
+            "`batch_select_indices` and `reorder_cache`; the states beside it follow these alone."
+        )
+    if rows is not None:
+        start = start[rows]
     if history.is_partial and not compiling and bool(start.isnan().any()):
         _refuse_cache(call, name, "some rows' tokens only")
     return start
@@ -87,9 +95,10 @@ def leave_states(running: RunningForward, output: Any, recurrences: set[str]) ->
             if name in recurrences:
                 history.length = 0  # until it is written below
     recurrences.update(left)
+    length = cached_length(cache) if left and isinstance(call.past, int) else None
     for name, states in left.items():
         steps = states.compute()
-        if isinstance(call.past, int) and cached_length(cache) != call.past + steps.shape[1]:
+        if length is not None and length != call.past + steps.shape[1]:
             return  # passed, but not filled
         history = RecurrentStates.beside(cache).histories.setdefault(name, StateHistory())
         history.write(call.past, steps, cache)

@@ -9,13 +9,9 @@ from torch import Tensor
 
 from ..tracing import is_tracing
 from . import arguments as names
-from .call import RunningForward
+from .call import ForwardCall, RunningForward
 from .description import description_of
-from .padding import of_full_attention, own_keys
-
-
-# A number added to attention's scores that hides a key; masks of some models hide by -10000.
-_HIDES = -9e3
+from .padding import is_visible, of_full_attention, own_keys
 
 
 class Pairs(NamedTuple):
@@ -51,29 +47,31 @@ def starts_of(
 
     Raises:
         ValueError: if tokens are to be kept apart in a way that a recurrence can't follow, if the model goes across
-            the sequences, or if lengths aren't those of these tokens.
+            the sequences, if lengths aren't those of these tokens, or if sequences are packed behind a cache's tokens.
     """
     call = running.call
+    has_past = not (isinstance(call.past, int) and call.past == 0)
     description = description_of(module_name, call.described)
     if description is not None:
-        return described_starts(description.sequence_ids, shape, module_name)
-    given = running.parts.get(part) if part else None
-
-    def find() -> Tensor | None:
-        pairs = _pairs_of(call.mask, shape, call.past)
-        if pairs is None:
-            pairs = _torch_pairs(given or {}, shape)
-        if pairs is not None:
-            return _checked(pairs, module_name, has_past=not _starts_empty(call.past), both_ways=both_ways)
-        if call.mask is not None or call.tokens_shape is None or tuple(call.tokens_shape) != tuple(shape):
-            return None
-        if isinstance(call.sequence_lengths, Tensor):
-            return _starts_of_lengths(call.sequence_lengths, shape)
-        if not _starts_empty(call.past):
-            return None
-        return _starts_of_positions(running, shape, given, module_name, both_ways=both_ways)
-
-    return find() if is_tracing() else running.once(("sequences", shape, part, both_ways), find)
+        starts = described_starts(description.sequence_ids, shape, module_name)
+        return None if starts is None else _without_past(starts, module_name, has_past=has_past)
+    mask, given = call.mask_at(module_name), running.given(part)
+    pairs = _pairs_of(mask, shape, call.past)
+    if pairs is None:
+        pairs = _torch_pairs(given, shape)
+    if pairs is not None:
+        return _checked(pairs, module_name, has_past=has_past, both_ways=both_ways)
+    if mask is not None or call.tokens_shape is None or tuple(call.tokens_shape) != tuple(shape):
+        return None
+    if isinstance(call.sequence_lengths, Tensor):
+        starts = _without_past(_starts_of_lengths(call.sequence_lengths, shape), module_name, has_past=has_past)
+        if _uses_kernel(call) or call.attention is None or is_tracing() or not bool(starts.any()):
+            return starts
+        by_positions = _starts_of_positions(call, shape, given, module_name, both_ways=both_ways)
+        if by_positions is None or not torch.equal(starts, by_positions):
+            raise ValueError(_goes_across(module_name, "`cu_seq_lens_q`, the lengths of packed sequences,"))
+        return starts
+    return None if has_past else _starts_of_positions(call, shape, given, module_name, both_ways=both_ways)
 
 
 def described_starts(sequence_ids: Tensor | None, shape: tuple[int, int], module_name: str) -> Tensor | None:
@@ -142,7 +140,7 @@ def _pairs_of(mask: Any, shape: tuple[int, int], past: int | Tensor | None) -> P
     if mask.shape[0] not in (1, batch) or mask.shape[2] != time or mask.shape[3] < time:
         return None
     own = own_keys(mask.shape[3], time, 0 if past is None else past, mask.device)[0]
-    visible = _visible(mask.index_select(3, own))
+    visible = is_visible(mask.index_select(3, own))
     pairs = read_pairs(visible[:, 0])
     alike = (visible == visible[:, :1]).all()
     return Pairs(pairs.starts.expand(batch, -1), pairs.keeps_order & alike, pairs.sees_ahead)
@@ -156,15 +154,11 @@ def _torch_pairs(given: dict[str, Any], shape: tuple[int, int]) -> Pairs | None:
     mask = next((given[name] for name in names.PAIR_MASKS if isinstance(given.get(name), Tensor)), None)
     if mask is None or time == 1 or mask.shape[-2:] != (time, time):
         return None
-    visible = _visible(mask) if mask.is_floating_point() else ~mask.bool()
+    visible = is_visible(mask) if mask.is_floating_point() else ~mask.bool()
     visible = visible.expand(1, 1, -1, -1) if mask.ndim == 2 else visible.unflatten(0, (batch, -1))
     pairs = read_pairs(visible[:, 0])
     alike = (visible == visible[:, :1]).all()
     return Pairs(pairs.starts.expand(batch, -1), pairs.keeps_order & alike, pairs.sees_ahead)
-
-
-def _visible(mask: Tensor) -> Tensor:
-    return mask > _HIDES if mask.is_floating_point() else mask != 0
 
 
 def _checked(pairs: Pairs, module_name: str, *, has_past: bool, both_ways: bool) -> Tensor | None:
@@ -196,46 +190,59 @@ def _starts_of_lengths(edges: Tensor, shape: tuple[int, int]) -> Tensor:
     return _from_second(starts[:, 1:])
 
 
+def _without_past(starts: Tensor, module_name: str, *, has_past: bool) -> Tensor:
+    if has_past and not is_tracing() and bool(starts.any()):
+        raise ValueError(
+            f"READ at {module_name} was told that several sequences are packed in a row, and given a cache that holds "
+            "earlier tokens, which only the first of them could go on from. Give packed sequences without a cache."
+        )
+    return starts
+
+
 def _starts_of_positions(
-    running: RunningForward, shape: tuple[int, int], given: dict[str, Any] | None, module_name: str, *, both_ways: bool
+    call: ForwardCall, shape: tuple[int, int], given: dict[str, Any], module_name: str, *, both_ways: bool
 ) -> Tensor | None:
     """Positions that begin again separate sequences where the model's attention does, as its blocks' masks show."""
-    call, positions = running.call, running.call.position_ids
+    positions = call.position_ids
     if not isinstance(positions, Tensor) or positions.shape[-1] != shape[1]:
         return None
     if positions.ndim == 3 and positions.shape[0] == 4:
         positions = positions[0]  # the text's own, before those of time, height and width
     if positions.ndim == 2:
-        begins = positions.diff(dim=1) != 1
+        jumps, again = positions.diff(dim=1) != 1, positions.diff(dim=1) < 1
     elif positions.ndim == 3:  # each of the three rows may go back inside of one sequence, but not all to zero
-        begins = (positions[..., 1:] == 0).all(0) & (positions[..., :-1] != 0).any(0)
+        jumps = again = (positions[..., 1:] == 0).all(0) & (positions[..., :-1] != 0).any(0)
     else:
         return None
-    starts = _from_second(begins).expand(shape)
-    mask = None if given is None else given.get("attention_mask")
-    uses_kernel = call.attention not in (None, "sdpa", "eager", "flex_attention")
-    if not call.causal and not uses_kernel:
+    if not call.causal and not _uses_kernel(call):
         return None  # attention in both directions goes across, whatever the positions are
-    if not is_tracing() and not bool(starts.any()):
+    if not is_tracing() and not bool(jumps.any()):
         return None
+    mask = given.get("attention_mask")
     pairs = _pairs_of(mask, shape, 0)
     if pairs is not None:
         return _checked(pairs, module_name, has_past=False, both_ways=both_ways)
-    is_blocks = mask is not None and not isinstance(mask, Tensor)  # flex attention's
-    if is_blocks or given is None or (uses_kernel and shape[0] == 1 and positions.ndim == 2):
-        return starts
-    if is_tracing():
+    if _uses_kernel(call) and shape[0] == 1 and positions.ndim == 2:
+        return _from_second(positions[:, 1:] == positions.min())
+    if not given or (mask is not None and not isinstance(mask, Tensor)):  # flex attention's blocks
+        return _from_second(jumps).expand(shape)
+    if is_tracing() or not bool(again.any()):
         return None  # without a mask the attention goes across as well
-    raise ValueError(
-        f"READ at {module_name} was given `position_ids` that begin again, as packed sequences have them, but the "
-        "model's attention goes across them. Let it separate them: pass use_cache=False and no attention mask; "
-        "positions of four rows, the text's first, to a Qwen-VL model; a block-diagonal mask of shape (batch, 1, "
-        "time, time); or say where sequences begin with `peft_read.describe_tokens(sequence_ids=...)`."
+    raise ValueError(_goes_across(module_name, "`position_ids` that begin again, as packed sequences have them,"))
+
+
+def _uses_kernel(call: ForwardCall) -> bool:
+    """Whether the attention is told of sequences by their lengths or positions, rather than by a mask."""
+    return call.attention not in (None, "sdpa", "eager", "flex_attention")
+
+
+def _goes_across(module_name: str, given: str) -> str:
+    return (
+        f"READ at {module_name} was given {given} but the model's attention goes across them. Let it separate them: "
+        "pass `position_ids`, use_cache=False and no attention mask; positions of four rows, the text's first, to a "
+        "Qwen-VL model; a block-diagonal mask of shape (batch, 1, time, time); or say where sequences begin with "
+        "`peft_read.describe_tokens(sequence_ids=...)`."
     )
-
-
-def _starts_empty(past: int | Tensor | None) -> bool:
-    return isinstance(past, int) and past == 0
 
 
 def _from_second(begins: Tensor) -> Tensor:

@@ -14,6 +14,10 @@ from .call import RunningForward
 from .description import description_of
 
 
+# A number added to attention's scores that hides a key. Models hide by -10000 and less, some biases reach -100.
+_HIDES = -1e3
+
+
 def padding_of(running: RunningForward, shape: tuple[int, int], module_name: str, part: str | None) -> Tensor | None:
     """Which of the tokens of a running forward are valid.
 
@@ -32,14 +36,9 @@ def padding_of(running: RunningForward, shape: tuple[int, int], module_name: str
     description = description_of(module_name, running.call.described)
     if description is not None:
         return described_padding(description.valid, shape, module_name)
-
-    def find() -> Tensor | None:
-        valid = _read_masks(running, shape, part)
-        # One look at the values for all layers of this forward; models of transformers take one of their own.
-        return None if valid is None or (not is_tracing() and bool(valid.all())) else valid
-
-    # Sizes that a tracer keeps open can't be a key.
-    return find() if is_tracing() else running.once(("padding", shape, part), find)
+    valid = _read_masks(running, shape, module_name, part)
+    # One look at the values; models of transformers take one of their own.
+    return None if valid is None or (not is_tracing() and bool(valid.all())) else valid
 
 
 def described_padding(valid: Tensor | None, shape: tuple[int, int], module_name: str) -> Tensor | None:
@@ -57,25 +56,29 @@ def described_padding(valid: Tensor | None, shape: tuple[int, int], module_name:
     return valid
 
 
-def _read_masks(running: RunningForward, shape: tuple[int, int], part: str | None) -> Tensor | None:
-    call, given = running.call, running.parts.get(part, {}) if part else {}
+def _read_masks(running: RunningForward, shape: tuple[int, int], module_name: str, part: str | None) -> Tensor | None:
+    call, given = running.call, running.given(part)
+    mask = call.mask_at(module_name)
     inner = names.find_mask(given)
     padding = next((given[name] for name in names.PADDING_MASKS if isinstance(given.get(name), Tensor)), None)
-    if call.mask is None and inner is None and padding is None:
+    if mask is None and inner is None and padding is None:
         return None
     past = 0 if call.past is None else call.past
-    valid = valid_tokens(call.mask, shape, past, additive=False)
+    valid = valid_tokens(mask, shape, past, additive=False)
     if valid is None:
         valid = valid_tokens(inner, shape, past, additive=True)
     if valid is None and padding is not None and tuple(padding.shape) == tuple(shape):
-        valid = padding >= 0 if padding.is_floating_point() else padding == 0
-    if valid is None and call.pads_right and isinstance(call.mask, Tensor) and call.mask.ndim == 2:
-        missing = shape[1] - call.mask.shape[1]
-        valid = F.pad(call.mask != 0, (0, missing)) if missing > 0 else None
-    if valid is None and padding is None and (call.mask is None or _is_all_true(call.mask)):
-        return None  # nothing is padded, whatever tokens this is about
+        valid = is_visible(padding) if padding.is_floating_point() else padding == 0
+    if valid is None and call.pads_right and isinstance(mask, Tensor) and mask.ndim == 2:
+        missing = shape[1] - mask.shape[1]
+        valid = F.pad(mask != 0, (0, missing)) if missing > 0 else None
+    # Nothing is padded, whatever tokens the mask is about; or it isn't about these.
+    if valid is None and padding is None and (mask is None or _is_all_true(mask)):
+        return None
+    if valid is None and padding is None and inner is None and call.is_plain and takes_a_mask(running, part):
+        return None
     if valid is None:
-        mask = padding if call.mask is None else call.mask
+        mask = padding if mask is None else mask
         form = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
         raise ValueError(
             f"READ can't tell which tokens are padding: the model was given an attention mask of {form}, and the "
@@ -86,12 +89,10 @@ def _read_masks(running: RunningForward, shape: tuple[int, int], part: str | Non
     return valid
 
 
-def reads_a_mask(running: RunningForward, part: str | None) -> bool:
-    """Whether there is any mask of which something was read."""
-    given = running.parts.get(part, {}) if part else {}
-    return running.call.mask is not None or any(
-        given.get(name) is not None for name in (*names.MASKS, *names.PADDING_MASKS)
-    )
+def takes_a_mask(running: RunningForward, part: str | None) -> bool:
+    """Whether a part of the model is one that is told which tokens are padding; if it wasn't, none is."""
+    given = running.given(part)
+    return any(name in given for name in (*names.MASKS, *names.PADDING_MASKS))
 
 
 def valid_tokens(mask: Any, shape: tuple[int, int], past: int | Tensor, *, additive: bool) -> Tensor | None:
@@ -114,23 +115,27 @@ def valid_tokens(mask: Any, shape: tuple[int, int], past: int | Tensor, *, addit
     batch, time = shape
     if mask.ndim == 3 and mask.shape[0] == batch and mask.shape[1] * mask.shape[2] == time:
         return mask.flatten(1) != 0  # patches of an image
-    if mask.ndim == 4 and mask.shape[2] == 1 and time > 1:
-        mask, additive = mask[:, 0, 0], True  # the same keys for all queries
+    if mask.ndim == 4 and mask.shape[2] == 1 and time > 1 and mask.shape[0] in (1, batch):
+        mask, additive = mask[:, 0, 0].expand(batch, -1), True  # the same keys for all queries
     if mask.ndim == 2:
         if mask.shape[0] != batch or not _covers(mask.shape[1], time, past):
             return None
         mask = mask.gather(1, own_keys(mask.shape[1], time, past, mask.device).expand(batch, -1))
         if additive and mask.is_floating_point():
-            return mask >= 0
-        if mask.is_floating_point() and not is_tracing() and bool((mask < 0).any()):
+            return is_visible(mask)
+        # One that is zero throughout, or negative somewhere, looks as if it were to be added.
+        if mask.is_floating_point() and not is_tracing() and not bool((mask >= 0).all() & (mask > 0).any()):
             return None
         return mask != 0
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != time or mask.shape[3] < time:
         return None
     own = mask[:, 0].gather(2, own_keys(mask.shape[3], time, past, mask.device).expand(mask.shape[0], -1)[..., None])
-    own = own[..., 0]
-    valid = own >= 0 if own.is_floating_point() else own != 0
-    return valid.expand(batch, -1)
+    return is_visible(own[..., 0]).expand(batch, -1)
+
+
+def is_visible(mask: Tensor) -> Tensor:
+    """Where a mask shows a key to a query: a number added to attention's scores may be a bias, unless it's large."""
+    return mask > _HIDES if mask.is_floating_point() else mask != 0
 
 
 def of_full_attention(mask: Any) -> Any:

@@ -24,7 +24,8 @@ class StateHistory:
     """The states of one recurrence over the tokens of a cache, `(batch, positions, width)`.
 
     Attributes:
-        length: tokens of the cache whose states are known; of a cache of fixed size all that it has room for, or 0.
+        length: tokens of the cache whose states are known; for a `StaticCache` its capacity once it is written, 0
+            before.
         is_partial: whether some rows may hold NaN, for tokens that another adapter has seen.
     """
 
@@ -44,13 +45,14 @@ class StateHistory:
             position = position.to(self._steps.device)
             index = (position - 1).clamp(min=0).reshape(1) % self._steps.shape[1]
             return torch.where(position > 0, self._steps.index_select(1, index)[:, 0], 0)
-        return self._steps[:, position - 1] if position else torch.zeros_like(self._steps[:, 0])
+        return self._steps.select(1, position - 1) if position else torch.zeros_like(self._steps[:, 0])
 
     def write(self, position: int | Tensor, states: Tensor, cache: Any) -> None:
-        """Put `states (batch, time, width)` at `position` and after, over what may be there.
+        """Put states at `position` and after, over what may be there.
 
         Args:
             position: as in `before`.
+            states: `(batch, time, width)`.
             cache: the cache whose tokens these are.
         """
         if isinstance(position, Tensor):
@@ -76,18 +78,17 @@ class StateHistory:
 
     def _write_growing(self, position: int, states: Tensor) -> None:
         self.length = position + states.shape[1]
-        earlier = None if self._steps is None or position == 0 else self._steps[:, :position]
-        if states.requires_grad or (earlier is not None and earlier.requires_grad):
-            self._steps = states if earlier is None else torch.cat([earlier, states], dim=1)
+        steps = self._steps if position else None
+        if states.requires_grad or (steps is not None and steps.requires_grad):
+            self._steps = states if steps is None else torch.cat([steps[:, :position], states], dim=1)
             return
-        steps = self._steps
-        fixed = steps is None or (steps.is_inference() and not torch.is_inference_mode_enabled())
-        if steps is None or fixed or earlier is None or steps.shape[1] < self.length:
-            steps = states.new_empty(states.shape[0], self.length + _BLOCK, states.shape[2])
-            if earlier is not None:
-                steps[:, :position] = earlier
-        steps[:, position : self.length] = states
-        self._steps = steps
+        fixed = steps is not None and steps.is_inference() and not torch.is_inference_mode_enabled()
+        if steps is None or fixed or steps.shape[1] < self.length:
+            longer = states.new_empty(states.shape[0], self.length + _BLOCK, states.shape[2])
+            if steps is not None:
+                longer[:, :position] = steps[:, :position]
+            self._steps = steps = longer
+        steps.narrow(1, position, states.shape[1]).copy_(states)
 
 
 class RecurrentStates:
@@ -196,6 +197,8 @@ def cached_length(cache: Any) -> int | Tensor | None:
     try:
         length = cache.get_seq_length()
     except ValueError:  # only layers of linear attention
+        return None
+    if length is None:  # Reformer's
         return None
     # Either may be given the other way: a growing cache's as a tensor once transformers 5.17 has cropped it by one, a
     # fixed one's as a number before its first token.

@@ -65,7 +65,9 @@ class LsttaLayer(AdapterLayer):
         """The block's output, adapted by the active adapters, or sample by sample by those named (`"__base__"`: none).
 
         Args:
+            *args: of the base layer.
             adapter_names: one name per sample.
+            **kwargs: of the base layer.
 
         Raises:
             ValueError: if the hidden states have another width, the active adapters meet at different levels, or

@@ -13,8 +13,8 @@ from .arguments import PvlaArguments
 from .gradient_share import GradientShare
 from .loss import PvlaDetails, PvlaLoss
 from .pairs import PairBatches
-from .sources import state_source
-from .states import StateFunction, StateSource, VideoTextStates
+from .source import StateFunction, StateSource, VideoTextStates
+from .states import state_source
 
 
 MET = (

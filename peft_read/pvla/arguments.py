@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .loss import PvlaLoss
-from .states import SOURCES
+from .source import SOURCES
 from .words import WORDS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .states import Batch
+from .source import Batch
 
 
 def frame_numbers(video: Tensor, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .loss import PvlaDetails, PvlaLoss
-from .states import VideoTextStates
+from .source import VideoTextStates
 
 
 @torch.no_grad()

@@ -64,6 +64,13 @@ class PvlaLoss(nn.Module):
 
     Raises:
         ValueError: if an option is out of its range.
+
+    Example:
+        >>> frames = torch.eye(4)[None, :3]  # one video of three frames
+        >>> loss = PvlaLoss(mass=0.5)
+        >>> aligned, opposite = loss(frames, frames[:, :2]), loss(frames, -frames[:, :2])
+        >>> round(aligned.item(), 3), round(opposite.item(), 3)
+        (0.0, 1.0)
     """
 
     def __init__(
@@ -123,9 +130,13 @@ class PvlaLoss(nn.Module):
         *,
         across_devices: bool = False,
     ) -> PvlaDetails:
-        """Distances and plans, sample by sample; arguments and errors as of the call.
+        """Distances and plans, sample by sample; errors as of the call.
 
         Args:
+            video: as of the call, like the next three.
+            words: see there.
+            frame_mask: see there.
+            word_mask: see there.
             across_devices: whether the samples of all processes are negatives, too. All of them have to call then.
         """
         _check(video, words, frame_mask, word_mask)
@@ -222,6 +233,7 @@ class PvlaLoss(nn.Module):
         return F.relu(of_frames + of_words[:, None] - 2 * torch.einsum(pairs, video, words))
 
     def extra_repr(self) -> str:
+        """The options, for `print`."""
         options = f"mass={self.mass}, reg={self.reg}, n_iter={self.n_iter}, cost={self.cost!r}"
         options += f", marginals={self.marginals!r}"
         return options + (f", negatives=True, temperature={self.temperature}" if self.negatives else "")

@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 from .loss import PvlaDetails
-from .states import VideoTextStates
+from .source import VideoTextStates
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ def plot_plan(plan: Tensor, words: Sequence[str] | None = None, path: str | Path
     Raises:
         ImportError: if matplotlib isn't installed.
         ValueError: if the plan isn't two-dimensional or the labels don't fit it.
+
+    Example:
+        >>> import torch
+        >>> figure = plot_plan(torch.tensor([[0.5, 0.0], [0.0, 0.5], [0.0, 0.0]]), words=["a", "five"])
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['a', 'five']
     """
     if plan.ndim != 2:
         raise ValueError(f"plan has shape {tuple(plan.shape)}; expected that of one sample, (frames, words).")

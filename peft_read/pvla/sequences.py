@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..architectures.targets import owner_of, takes_text
 from ..read.layer import ReadLayer
 from .frames import frame_numbers, pooled_by_frame
-from .states import Batch, StateSource, VideoTextStates, without_token_masks
+from .source import Batch, StateSource, VideoTextStates, without_token_masks
 from .tokens import TokenMasks, gathered
 from .trained import modules_that_project, reaches_trained
 
@@ -65,6 +65,7 @@ class SequenceStates(StateSource):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        """Hooks are on the model in this context only, and what they recorded is dropped at its end."""
         self._with_grad = torch.is_grad_enabled()
         handles = self.listen()
         try:
@@ -75,6 +76,7 @@ class SequenceStates(StateSource):
             self.recorded.clear()
 
     def run(self, model: nn.Module, batch: Batch) -> None:
+        """Run the model until all that is wanted has been recorded: no further block, no head."""
         self._stops = True
         try:
             with suppress(_Stopped):
@@ -87,15 +89,18 @@ class SequenceStates(StateSource):
         return torch.is_grad_enabled() or not self._with_grad
 
     def check(self, example: Batch, model: nn.Module) -> None:
+        """Raise a `ValueError` if the token masks of `example` don't fit, and log what they tell."""
         logger.info(self.masks.describe(example))
         if self.pools_frames:
             frame_numbers(self.masks(example)[0], example)
 
     def samples(self, batch: Batch) -> Tensor | None:
+        """Samples with video and text, once for each block."""
         video, text = self.masks(batch)
         return self.blocks * (video.any(1) & (text > 0).any(1)).sum()
 
     def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+        """The words among `input_ids`; None if text lies elsewhere, too."""
         ids = batch.get("input_ids")
         if ids is None:
             return None
@@ -159,6 +164,7 @@ class BlockStates(SequenceStates):
         self._call: dict[str, Any] = {}  # what the tower was given
 
     def listen(self) -> list[RemovableHandle]:
+        """Record what the listened modules return, and what the tower is given."""
         handles = [m.register_forward_hook(partial(self._keep_output, n)) for n, m in self.listened.items()]
         handles.append(self.tower.register_forward_pre_hook(self._keep_call, with_kwargs=True))
         return [*handles, self.tower.register_forward_hook(self._leave)]
@@ -177,6 +183,7 @@ class BlockStates(SequenceStates):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        """As of the parent; the tower's arguments are dropped, too."""
         try:
             with super().recording():
                 yield
@@ -184,6 +191,7 @@ class BlockStates(SequenceStates):
             self._call = {}
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """Video and words of each recorded block, which have met."""
         return self.in_sequence(batch, met=True)
 
     def mismatched(self, states: VideoTextStates, batch: Batch) -> VideoTextStates | None:
@@ -238,6 +246,7 @@ class InputStates(SequenceStates):
         self._inside = False  # the tower, which was given ids
 
     def listen(self) -> list[RemovableHandle]:
+        """Record what enters the first block, whether that was given or looked up."""
         self._inside = False
         handles = [
             self.tower.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -270,11 +279,13 @@ class InputStates(SequenceStates):
             raise _Stopped
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """Video and words before they met; words without gradient where their embeddings are frozen."""
         states = self.in_sequence(batch, met=False)
         trained = self.embeddings is None or any(p.requires_grad for p in self.embeddings.parameters())
         return states if trained else states._replace(words=states.words.detach())
 
     def check(self, example: Batch, model: nn.Module) -> None:
+        """Raise a `ValueError` if the masks don't fit, or nothing before the blocks is trained."""
         super().check(example, model)
         try:
             with torch.enable_grad(), self.recording():
@@ -286,6 +297,7 @@ class InputStates(SequenceStates):
             raise ValueError(self.untrained())
 
     def untrained(self) -> str:
+        """Why there is no gradient, and what to train."""
         width = None if self.embeddings is None else getattr(self.embeddings, "embedding_dim", None)
         names = modules_that_project(self.model, self.tower, width)
         named = f"modules_to_save={names}" if names else "the names of what makes the video tokens as modules_to_save"

@@ -1,140 +1,64 @@
-"""Where the states of videos and sentences come from in a running model."""
+"""Where the states of videos and sentences come from in a running model: a source for each name."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-
-BLOCK_SOURCES = ("last_block", "all_blocks", "bottleneck")
-SOURCES = ("auto", *BLOCK_SOURCES, "inputs", "towers")
-# Columns of a batch that say which positions of the model's sequence are video and which are text.
-TOKEN_MASKS = ("video_token_mask", "text_token_mask")
-
-Batch: TypeAlias = Mapping[str, Any]
+from .sequences import BlockStates, InputStates, SequenceStates
+from .source import BLOCK_SOURCES, SOURCES, FunctionStates, StateFunction, StateSource, VideoTextStates
+from .tokens import TokenMasks
+from .towers import TowerStates, find_dual_encoder
+from .words import TemplateTokens
 
 
-class VideoTextStates(NamedTuple):
-    """States that PVLA compares.
+__all__ = ["BLOCK_SOURCES", "SOURCES", "StateFunction", "StateSource", "VideoTextStates", "state_source"]
 
-    Attributes:
-        video: `(batch, frames, dim)`.
-        words: `(batch, words, dim)`.
-        frame_mask: `(batch, frames)`, true where a frame is valid; None: all are.
-        word_mask: `(batch, words)`, which words count, as a mask or as weights, see [`PvlaLoss`]; None: all do.
-        met: whether frames and words may have seen each other, as they have in the blocks of one sequence. Then other
-            samples' words are no test of what was learnt: they carry their own video along.
+
+def state_source(
+    model: nn.Module,
+    states: str | StateFunction,
+    *,
+    words: str = "all",
+    pool_frames: bool = False,
+    processing: Any = None,
+) -> StateSource:
+    """The source that a name or a function stands for.
+
+    Args:
+        model: the model that will be trained, adapted.
+        states: one of `SOURCES`, or a function; `"auto"`: the towers of a dual encoder, else the last adapted block;
+            `"inputs"`: likewise the towers, else what enters the first adapted tower.
+        words: which text tokens of a sequence are words, one of `WORDS`.
+        pool_frames: whether each frame's tokens in a sequence are one state.
+        processing: the tokenizer or processor, which knows tokens that are never words.
+
+    Raises:
+        ValueError: if the model has no such states.
     """
-
-    video: Tensor
-    words: Tensor
-    frame_mask: Tensor | None = None
-    word_mask: Tensor | None = None
-    met: bool = True
-
-
-StateFunction: TypeAlias = Callable[[nn.Module, Batch, Any], VideoTextStates]
-
-
-class StateSource(ABC):
-    """Gives the states of a batch that has just run through the model.
-
-    Attributes:
-        blocks: how many states it gives of each sample, those of one block after those of another.
-        reads_outputs: whether `states` looks at what the model returned.
-        met: whether frames and words have seen each other in these states; None: that isn't known before they come.
-    """
-
-    blocks = 1
-    reads_outputs = True
-    met: bool | None = False
-
-    @abstractmethod
-    def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
-        """The states of the last forward inside of `recording`.
-
-        Args:
-            model: as the Trainer calls it.
-            batch: what the model was given, with the token masks where there are some.
-            outputs: what it returned; None if the source doesn't read it.
-        """
-
-    def run(self, model: nn.Module, batch: Batch) -> Any:
-        """Run a batch that has no task, as far as its states need; called inside of `recording`.
-
-        Args:
-            model: not wrapped for several devices.
-            batch: as of `states`.
-
-        Returns:
-            The outputs that `states` takes.
-        """
-        return model(**without_token_masks(batch))
-
-    def mismatched(self, states: VideoTextStates, batch: Batch) -> VideoTextStates | None:
-        """Videos beside words of other samples, if such states can be had; called inside of `recording`.
-
-        Args:
-            states: what `states` gave for the batch.
-            batch: likewise.
-        """
-        if states.met or len(states.words) <= self.blocks:
-            return None
-        words, mask = (
-            None if x is None else x.unflatten(0, (self.blocks, -1)).roll(1, 1).flatten(0, 1)
-            for x in (states.words, states.word_mask)
+    source = _source(model, states)
+    if isinstance(source, SequenceStates):
+        source.masks = TokenMasks(model, words, TemplateTokens.of(processing))
+        source.pools_frames = pool_frames
+    elif words != "all" or pool_frames:
+        raise ValueError(
+            "pvla_words and pvla_pool_frames are for video and words in one sequence; a function of one's own, and "
+            "the towers of a dual encoder, give frames and words themselves. Leave them out."
         )
-        assert words is not None
-        return states._replace(words=words, word_mask=mask)
-
-    def samples(self, batch: Batch) -> Tensor | None:
-        """How many samples `states` will have with something to align; None where that isn't known before it runs."""
-        return None
-
-    def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
-        """`input_ids` and which of them are the words of `states`, `(batch, time)`; None where that isn't known."""
-        return None
-
-    def check(self, example: Batch, model: nn.Module) -> None:
-        """Raise a `ValueError` if a batch like this one doesn't tell what is video and what is text.
-
-        Args:
-            example: a batch on the model's device.
-            model: in evaluation mode, not wrapped for several devices.
-        """
-        return
-
-    def untrained(self) -> str:
-        """Why there may be no gradient in the states."""
-        return "PVLA's states carry no gradient: no adapter that is trained comes before them."
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """In this context the model's forwards are listened to."""
-        yield
+    return source
 
 
-class FunctionStates(StateSource):
-    """States by a function of the user's: `function(model, batch, outputs)`."""
-
-    met = None
-
-    def __init__(self, function: StateFunction) -> None:
-        self.function = function
-
-    def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
-        return self.function(model, batch, outputs)
-
-
-def without_token_masks(batch: Batch) -> dict[str, Any]:
-    """What a model takes of a batch: all but the columns that only PVLA reads."""
-    return {name: value for name, value in batch.items() if name not in TOKEN_MASKS}
-
-
-def token_masks(batch: Batch) -> dict[str, Tensor]:
-    """The columns of a batch that only PVLA reads."""
-    return {name: batch[name] for name in TOKEN_MASKS if name in batch}
+def _source(model: nn.Module, states: str | StateFunction) -> StateSource:
+    if callable(states):
+        return FunctionStates(states)
+    if states not in SOURCES:
+        raise ValueError(f"pvla_states={states!r}: expected a function or one of {', '.join(map(repr, SOURCES))}.")
+    dual = find_dual_encoder(model)
+    if states == "towers" and dual is None:
+        raise ValueError(f"pvla_states='towers', but {type(model).__name__} is no dual encoder such as CLIP.")
+    if dual is not None and states in ("auto", "towers", "inputs"):
+        return TowerStates(dual)
+    return (
+        InputStates(model) if states == "inputs" else BlockStates(model, "last_block" if states == "auto" else states)
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .states import TOKEN_MASKS, Batch
+from .source import TOKEN_MASKS, Batch
 from .words import TemplateTokens, choose_words
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .states import TOKEN_MASKS, Batch, StateSource, VideoTextStates
+from .source import TOKEN_MASKS, Batch, StateSource, VideoTextStates
 
 
 def find_dual_encoder(model: nn.Module) -> PreTrainedModel | None:
@@ -26,13 +26,16 @@ class TowerStates(StateSource):
         self.model = model
 
     def samples(self, batch: Batch) -> Tensor | None:
+        """Samples with words."""
         mask = _word_mask(batch)
         return batch["input_ids"].new_tensor(len(batch["input_ids"])) if mask is None else (mask > 0).any(1).sum()
 
     def words(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """All of `input_ids` that the mask leaves."""
         return batch["input_ids"], _word_mask(batch)
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """The states of both towers' last blocks."""
         words = outputs.text_model_output.last_hidden_state
         text_tower = getattr(self.model, "text_model", None)
         words = _projected(words, self.model, "text_projection", getattr(text_tower, "head", None))

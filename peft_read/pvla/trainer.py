@@ -22,7 +22,7 @@ from .metrics import MetricBuffer
 from .pairs import PairBatches
 from .picture import ExamplePlan, example_plan, log_plan
 from .sequences import InputStates
-from .states import TOKEN_MASKS, Batch, StateFunction, token_masks, without_token_masks
+from .source import TOKEN_MASKS, Batch, StateFunction, token_masks, without_token_masks
 from .step_mean import StepMeanMixin
 
 

@@ -21,7 +21,7 @@ Marginals = Literal["unit", "uniform"] | tuple[Tensor, Tensor]
 FORBIDDEN = 1e25
 # Iterations between two evaluations of exp(logits + potentials): products of many small steps drift off and overflow.
 ABSORB_EVERY = 25
-# Iterations between two in which the total mass is met jointly with a side, the two sides in turn, not after both.
+# Every 6th iteration updates the total mass together with one side's potentials, the sides alternating.
 SET_MASS_EVERY = 6
 # Bound of what a potential may rise between two absorptions: keeps products of two of its exponentials in float32.
 LARGEST_RISE = 40.0
@@ -91,6 +91,14 @@ def partial_transport(
     Raises:
         ValueError: if a shape doesn't fit the cost's, or a number is out of its range; if the environment variable
             forces what can't be. Values in tensors on an accelerator aren't looked at, as that would stall it.
+
+    Example:
+        >>> costs = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]])  # one video of three frames, two words
+        >>> plan, cost, residual = partial_transport(costs, mass=0.5)
+        >>> plan.round(decimals=3)  # half of the words' mass; the third frame is left out
+        tensor([[[0.2500, 0.0000],
+                 [0.0000, 0.2500],
+                 [0.0000, 0.0000]]])
     """
     _check(cost, mass, reg, n_iter, frame_mask, word_mask)
     with without_autocast(cost.device):
@@ -181,7 +189,8 @@ def _solve_entropic(
     some_a, some_b = _some_stays(a, some_frames, s), _some_stays(b, some_words, s)
     top_f, top_g = (torch.zeros_like(s).masked_fill(~some_stays, torch.inf) for some_stays in (some_a, some_b))
 
-    # A start from the exact optimum over g and the level, then over f and the level, leaves no stall to sit out.
+    # A start from the exact optimum over g and the level, then over f and the level, skips the slow
+    # phase in which Dykstra's iterations barely move.
     kernel = cost / -reg  # written again and again: fresh memory for each would cost more than the arithmetic
     sums = _log_sum_exp_(kernel, 1)
     g = torch.minimum(b.log() - sums - _level(sums, b, some_words, s), top_g).masked_fill(~some_words, 0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .states import Batch
+from .source import Batch
 
 
 IGNORED = -100

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..forward.call import RunningForward
+from ..forward.call import RunningForward, SameObjects
 from ..forward.context import ForwardContext
 from ..forward.decoding import LeftStates, state_before
 from ..forward.description import description_of, descriptions
 from ..forward.frames import FrameRows, frames_of
 from ..forward.packing import described_starts, starts_of
-from ..forward.padding import described_padding, padding_of, reads_a_mask
-from ..precision import linear, weights_at_hand, without_autocast
+from ..forward.padding import described_padding, padding_of, takes_a_mask
+from ..precision import at_least_float32, linear, weights_at_hand, without_autocast
 from ..recurrence.cells import State
 from ..recurrence.module import Recurrence
 from ..recurrence.packed import packed_states, unpack_state
@@ -27,13 +26,12 @@ from ..tuners.base import AdapterLayer
 from .config import ReadConfig
 
 
-@dataclass(frozen=True)
-class _Tokens:
+class _Tokens(NamedTuple):
     """What the recurrence must know of the tokens in some rows of the batch.
 
     Attributes:
         batch: rows of the whole batch.
-        rows: which of them these are.
+        rows: which of them these are; None for all.
         valid: `(rows, time)`, true where a token isn't padding; None if none is.
         starts: `(rows, time)`, true where a sequence begins that isn't the first of its row; None if there is none.
         running: the forward that they run through; None outside of one.
@@ -41,7 +39,7 @@ class _Tokens:
     """
 
     batch: int
-    rows: Tensor | slice = field(default_factory=lambda: slice(None))
+    rows: Tensor | None = None
     valid: Tensor | None = None
     starts: Tensor | None = None
     running: RunningForward | None = None
@@ -50,7 +48,7 @@ class _Tokens:
     def of_rows(self, rows: Tensor) -> _Tokens:
         """The same for some rows of the whole batch."""
         valid, starts = (None if given is None else given[rows] for given in (self.valid, self.starts))
-        return replace(self, rows=rows, valid=valid, starts=starts)
+        return self._replace(rows=rows, valid=valid, starts=starts)
 
 
 class ReadLayer(AdapterLayer):
@@ -134,8 +132,10 @@ class ReadLayer(AdapterLayer):
         """The base's output, adapted by the active adapters, or sample by sample by those named (`"__base__"`: none).
 
         Args:
+            *args: of the base layer.
             adapter_names: one name per sample.
             beams: rows that generation makes of a sample.
+            **kwargs: of the base layer.
 
         Raises:
             ValueError: if the output has no time axis that the recurrence could run over, or the model was given
@@ -169,7 +169,8 @@ class ReadLayer(AdapterLayer):
                 adapted = adapted + self._delta(name, x, tokens)
         else:
             adapted = self._adapt_rows(x, tokens, adapter_names, beams)
-        adapted = adapted.view(hidden.shape)
+        if adapted.ndim != hidden.ndim:
+            adapted = adapted.view(hidden.shape)
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
     def _adapt_rows(self, x: Tensor, tokens: _Tokens, adapter_names: list[str], beams: int) -> Tensor:
@@ -202,12 +203,16 @@ class ReadLayer(AdapterLayer):
         """What adapter `name` adds to `x (..., dim)`."""
         down, up = cast(nn.Linear, self.read_downward[name]), cast(nn.Linear, self.read_upward[name])
         with without_autocast(x.device):
-            dtype = torch.promote_types(down.weight.dtype, torch.float32)
-            bottleneck = linear(self._cast_input_dtype(x, dtype), down)
+            bottleneck = linear(self._cast_input_dtype(x, at_least_float32(down.weight.dtype)), down)
             if name in self.read_recurrence:
                 bottleneck = self._recur(name, bottleneck, tokens)
             added = linear(self.activation[name](bottleneck), up)
-            return (self.scaling[name] * self.read_dropout[name](added)).to(x.dtype)
+            scaling, dropout = self.scaling[name], cast(nn.Dropout, self.read_dropout[name])
+            if dropout.p > 0:
+                added = dropout(added)
+            if scaling != 1:
+                added = scaling * added
+            return added if added.dtype == x.dtype else added.to(x.dtype)
 
     def _recur(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
         """Run the recurrence over the tokens or over the frames of `x (batch, tokens, r)`."""
@@ -224,11 +229,16 @@ class ReadLayer(AdapterLayer):
             key += ", again"  # some models call one module in several places
         before = state_before(call, key, tokens.rows)
         start = None if before is None else unpack_state(before, cell)
-        outputs = cell(x, tokens.valid, start, tokens.starts)
-        if left is not None and not cell.bidirectional and tokens.starts is None:
-            # Without `tokens`, which would form a reference cycle through the running forward.
-            keep = partial(self._states_to_keep, cell, x, outputs, tokens.valid, start, tokens.rows, tokens.batch)
-            left[key] = LeftStates(keep, is_partial=x.shape[0] != tokens.batch)
+        if left is None or cell.bidirectional or tokens.starts is not None:
+            return cast(Tensor, cell(x, tokens.valid, start, tokens.starts))
+        memory = None
+        if x.shape[1] == 1 and tokens.valid is None:
+            outputs, memory = cell(x, state=start, with_memory=True)
+        else:
+            outputs = cell(x, tokens.valid, start)
+        # Without `tokens`, which would form a reference cycle through the running forward.
+        keep = partial(self._states_to_keep, cell, x, outputs, tokens.valid, start, memory, tokens.rows, tokens.batch)
+        left[key] = LeftStates(keep, is_partial=x.shape[0] != tokens.batch)
         return outputs
 
     @staticmethod
@@ -238,13 +248,19 @@ class ReadLayer(AdapterLayer):
         outputs: Tensor,
         valid: Tensor | None,
         start: State | None,
-        rows: Tensor | slice,
+        memory: Tensor | None,
+        rows: Tensor | None,
         batch: int,
     ) -> Tensor:
         """The state after every token, `(batch, time, width)`, for all rows of the batch."""
-        with weights_at_hand(cell):
-            states = packed_states(x, outputs, cell, mask=valid, state=start)
-        if batch == states.shape[0]:
+        if cell.kind != "lstm":
+            states = outputs
+        elif memory is not None:  # of the only token
+            states = torch.cat([outputs, memory], dim=-1)
+        else:
+            with weights_at_hand(cell):
+                states = packed_states(x, outputs, cell, mask=valid, state=start)
+        if rows is None or batch == states.shape[0]:
             return states
         every = states.new_full((batch, *states.shape[1:]), torch.nan)
         every[rows] = states
@@ -315,12 +331,8 @@ class ReadLayer(AdapterLayer):
         shape = (hidden.shape[0], hidden.shape[1])
         if running is None:
             return hidden, self._described_tokens(shape)
-        valid = padding_of(running, shape, self.module_name, self.part)
-        call = running.call
-        if valid is None and call.unread_masks and not (call.described or reads_a_mask(running, self.part)):
-            self.context.warn_of_masks(call.unread_masks)
         both_ways = any(cast(Recurrence, self.read_recurrence[name]).bidirectional for name in recurrent)
-        starts = starts_of(running, shape, self.module_name, self.part, both_ways=both_ways)
+        valid, starts = self._valid_and_starts(running, shape, both_ways)
         return hidden, _Tokens(hidden.shape[0], valid=valid, starts=starts, running=running)
 
     def _packed_rows(self, hidden: Tensor, running: RunningForward | None) -> tuple[Tensor, _Tokens]:
@@ -333,6 +345,26 @@ class ReadLayer(AdapterLayer):
             )
         frames = frames_of(running, self.around, rows, self.packed or 1, self.module_name)
         return rows, _Tokens(rows.shape[0], running=running, frames=frames)
+
+    def _valid_and_starts(
+        self, running: RunningForward, shape: tuple[int, int], both_ways: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens are valid, and where sequences begin: found once for all layers that are given the same."""
+        call = running.call
+
+        def find() -> tuple[Tensor | None, Tensor | None]:
+            valid = padding_of(running, shape, self.module_name, self.part)
+            is_told = call.mask is not None or takes_a_mask(running, self.part)
+            if call.unread_masks and not is_told and description_of(self.module_name, call.described) is None:
+                self.context.warn_of_masks(call.unread_masks)
+            return valid, starts_of(running, shape, self.module_name, self.part, both_ways=both_ways)
+
+        # A description may be about some modules only, and sizes that a tracer keeps open can't be a key.
+        if call.described or is_tracing():
+            return find()
+        # Blocks are parts of their own, but most are given the same masks.
+        given = SameObjects({"of the model": call.mask_at(self.module_name), **running.given(self.part)})
+        return running.once((shape, both_ways, given), find)
 
     def _described_tokens(self, shape: tuple[int, int]) -> _Tokens:
         """What is known of the tokens outside of a call of the model."""
@@ -347,6 +379,7 @@ class ReadLayer(AdapterLayer):
                 "are padding. Call the model, or say it: `with peft_read.describe_tokens(valid): ...`, or "
                 "`with peft_read.describe_tokens(): ...` where no token is."
             )
+        self.context.warn_of_no_call(self.module_name)
         return _Tokens(shape[0])
 
     def __repr__(self) -> str:

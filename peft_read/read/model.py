@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures.exceptions import TIME_FIRST
+from ..architectures.exceptions import NO_TIME_AXIS, TIME_FIRST
 from ..architectures.targets import attention_beside, block_index, default_targets, is_causal, owner_of
 from ..forward.context import ForwardContext
 from ..forward.frames import is_packed, takes_grid
@@ -114,7 +114,13 @@ class ReadModel(AdapterTuner):
 
     def _check_time_axis(self, name: str) -> None:
         """Refuse modules whose outputs are (time, batch, features)."""
-        model_type = getattr(getattr(owner_of(self.model, name), "config", None), "model_type", None)
+        owner = owner_of(self.model, name)
+        model_type = getattr(getattr(owner, "config", None), "model_type", "")
+        if NO_TIME_AXIS.get(model_type) == type(owner).__name__:
+            raise ValueError(
+                f"READ can't adapt {name}: the decoder of a model of type {model_type} has several streams of tokens "
+                "one after another along its axis of time. Target the encoder alone, or use cell='none'."
+            )
         attention = attention_beside(self.model, name)
         if model_type in TIME_FIRST or any(not module.batch_first for module in attention):
             where = f"a model of type {model_type}" if model_type in TIME_FIRST else "attention with batch_first=False"

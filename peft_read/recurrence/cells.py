@@ -18,6 +18,12 @@ WEIGHTS = [
 
 
 def kind_of(cell: Cell) -> str:
+    """`"rnn_tanh"`, `"rnn_relu"`, `"gru"` or `"lstm"`.
+
+    Raises:
+        TypeError: if `cell` is none of torch's modules, nor a `Recurrence`.
+        ValueError: if it has several layers, a projection, or isn't batch-first.
+    """
     if hasattr(cell, "kind"):  # a `Recurrence`
         return str(cell.kind)
     if not isinstance(cell, (nn.RNN, nn.GRU, nn.LSTM)):

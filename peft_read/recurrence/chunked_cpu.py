@@ -1,7 +1,7 @@
 """The vanilla and the gated recurrence in torch's operations, parallel in time, with backward passes written out.
 
-Sequences that are too short to be cut run through torch's own loop, which keeps its graph to itself: their backward
-pass begins with the states alone.
+Sequences that are too short to be cut run through torch's own kernel, without autograd; their backward pass recomputes
+what it needs from the saved states.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class VanillaScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
     ) -> Tensor:
+        """The scan, and what its backward pass needs of it."""
         chunks = ctx.chunks = Chunks(x, start.shape[2])
         if chunks.count == 1:
             outputs = _by_torch(torch.rnn_tanh, x, start, w_in, w_hidden, b_in, b_hidden)
@@ -47,6 +48,7 @@ class VanillaScan(torch.autograd.Function):
     @once_differentiable
     @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of what `forward` was given, in its order."""
         x, ends, start, w_in, w_hidden = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
         if chunks.count == 1:
@@ -90,6 +92,7 @@ class GatedScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w_in: Tensor, w_hidden: Tensor, b_in: Tensor, b_hidden: Tensor, start: Tensor
     ) -> Tensor:
+        """The scan, and what its backward pass needs of it."""
         chunks = ctx.chunks = Chunks(x, start.shape[2])
         weights = (w_in, w_hidden, b_in, b_hidden)
         if chunks.count == 1:
@@ -121,6 +124,7 @@ class GatedScan(torch.autograd.Function):
     @once_differentiable
     @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of what `forward` was given, in its order."""
         w_in, w_hidden, b_in, b_hidden, x, ends, start, *found = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
         size = start.shape[2]

@@ -22,6 +22,7 @@ from .chunked_cpu import GatedScan, VanillaScan
 GATES: dict[str, int] = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 CUDNN: Any = torch.backends.cudnn.rnn  # torch's settings for it, more than a module's attributes
 WIDEST_KERNEL = 128  # states, whose recurrent matrix fits into a program's registers
+TRIAL_STEPS = 100  # some chunks, of which the last wait for others
 
 
 def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
@@ -31,7 +32,7 @@ def scan_eagerly(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor
     if start is None:
         start = zero_states(kind, x, weights)
     if x.shape[1] == 1:
-        return _step(kind, x[:, 0], weights, start)
+        return _step(kind, x.squeeze(1), weights, start)
     if x.device.type == "cpu" and kind in ("rnn_tanh", "gru"):
         return _scan_in_parallel(kind, x, weights, start)
     return _scan_by_torch(kind, x, weights, start)
@@ -44,11 +45,12 @@ def zero_states(kind: str, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
 
 def _step(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
     """One step alone, as in decoding."""
-    cell = getattr(torch, f"{kind}_cell")
-    states = [part[0] for part in start]
-    state = cell(x, states if kind == "lstm" else states[0], *weights)
-    states = list(state) if kind == "lstm" else [state]
-    return [states[0][:, None], *(part[None] for part in states)]
+    states = [part.squeeze(0) for part in start]
+    if kind == "lstm":
+        states = list(torch.lstm_cell(x, states, *weights))
+    else:
+        states = [getattr(torch, f"{kind}_cell")(x, states[0], *weights)]
+    return [states[0].unsqueeze(1), *(part.unsqueeze(0) for part in states)]
 
 
 def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
@@ -58,25 +60,27 @@ def _runs_by_kernel(kind: str, x: Tensor, width: int) -> bool:
         lacks = f"a computation in float32, and this is in {x.dtype}"
     elif width > WIDEST_KERNEL:
         lacks = f"at most {WIDEST_KERNEL} states, and the recurrence has {width}"
-    return triton_runs(x, lacks, lambda: _passes_trial(kind, x.device))
+    return triton_runs(x, lacks, lambda: _passes_trial(kind, max(16, 1 << (width - 1).bit_length()), x.device))
 
 
 @cache
-def _passes_trial(kind: str, device: torch.device) -> bool:
-    """Whether the kernels give on a GPU what torch's do, see `passes_trial`."""
+def _passes_trial(kind: str, size: int, device: torch.device) -> bool:
+    """Whether the kernels give on a GPU what torch's do, see `passes_trial`.
+
+    The trial has as many states as those that are to be run, padded: so it tries, and compiles, their very kernels.
+    """
 
     def compare() -> list[tuple[Tensor, Tensor]]:
-        rows, size, results = GATES[kind] * 8, 8, []
+        rows, results = GATES[kind] * size, []
         with torch.inference_mode(False), torch.enable_grad():
             for run, dtype in ((_scan_by_kernel, torch.float32), (_scan_by_torch, torch.float64)):
                 inputs, *weights = (
-                    torch.linspace(-1, 1, 2 * 100 * size + i, dtype=dtype, device=device)[i:].mul(40 + i).sin()
-                    for i in range(3)
+                    torch.arange(count, dtype=dtype, device=device).mul_(40 + i).sin_()
+                    for i, count in enumerate((2 * TRIAL_STEPS * size, rows * size, rows * size))
                 )
-                x = inputs.view(2, 100, size).requires_grad_()
-                matrices = [weight[: rows * size].view(rows, size) / 2 for weight in weights]
-                start = [x.new_zeros(1, 2, size)] * (2 if kind == "lstm" else 1)
-                outputs = run(kind, x, [*matrices, *x.new_ones(2, rows).detach()], start)[0]
+                x = inputs.view(2, TRIAL_STEPS, size).requires_grad_()
+                matrices = [weight.view(rows, size) / size**0.5 for weight in weights]
+                outputs = run(kind, x, [*matrices, *x.new_ones(2, rows).detach()], None)[0]
                 results.append([outputs.detach(), *torch.autograd.grad(outputs.square().sum(), x)])
         return list(zip(*results, strict=True))
 
@@ -104,7 +108,8 @@ def _with_biases(weights: list[Tensor]) -> list[Tensor]:
     return weights if len(weights) == 4 else [*weights, *weights[1].new_zeros(2, rows)]
 
 
-def _scan_by_torch(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor]) -> list[Tensor]:
+def _scan_by_torch(kind: str, x: Tensor, weights: list[Tensor], start: list[Tensor] | None) -> list[Tensor]:
+    start = zero_states(kind, x, weights) if start is None else start
     if x.is_cuda and x.dtype == torch.float32 and CUDNN.fp32_precision == "tf32":
         return list(_WithoutTF32.apply(kind, len(start), x, *start, *weights))
     return _run_torch(kind, x, weights, start)

@@ -42,16 +42,29 @@ class Recurrence(nn.Module):
         return cast(Tensor, self.weight_hh_l0)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, state: State | None = None, starts: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        state: State | None = None,
+        starts: Tensor | None = None,
+        *,
+        with_memory: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """`(batch, time, directions * hidden)`, see `recurrent_scan`.
 
         Args:
-            x: as there, and `mask`.
+            x: as there.
+            mask: as there.
             state: as there; not together with `starts`.
             starts: `(batch, time)`, bool, true where the state begins anew, besides each row's first step.
+            with_memory: give besides an LSTM's memory after the last step, `(batch, directions, hidden)`; None for
+                others. Not with `starts`.
         """
-        return scan_each_way(x, self, mask, state, starts, needs_memory=False)[0]
+        outputs, final = scan_each_way(x, self, mask, state, starts, needs_memory=with_memory)
+        if not with_memory:
+            return outputs
+        return outputs, final[1].transpose(0, 1) if len(final) == 2 else None
 
     def extra_repr(self) -> str:
+        """Kind, size and directions, for `print`."""
         return f"{self.kind}, {self.hidden_size}, bidirectional={self.bidirectional}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..precision import without_autocast
+from ..precision import at_least_float32, without_autocast
 from .cells import Cell, State, kind_of, weights_of
 from .sequences import masked_scan, scan_sequences
 
@@ -43,6 +43,15 @@ def recurrent_scan(
         TypeError: if `cell` is no `nn.RNN`, `nn.GRU` or `nn.LSTM`, or `mask` isn't boolean.
         ValueError: if `cell` has several layers, a projection, or isn't batch-first; if shapes don't fit each other;
             if the environment variable forces what can't be.
+
+    Example:
+        >>> x, cell = torch.randn(2, 5, 8), torch.nn.GRU(8, 4, batch_first=True)
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+        >>> outputs, state = recurrent_scan(x, cell, mask=mask)
+        >>> torch.allclose(outputs[:1, 2:], cell(x[:1, 2:])[0], atol=1e-6)  # the padded row, as it is alone
+        True
+        >>> outputs.shape, state.shape
+        (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
     """
     outputs, final = scan_each_way(x, cell, mask, state, None, needs_memory=True)
     return outputs, (final[0], final[1]) if kind_of(cell) == "lstm" else final[0]
@@ -54,19 +63,21 @@ def scan_each_way(
     """See `recurrent_scan`; an LSTM's last memory may be wrong under a mask if it isn't needed."""
     kind = kind_of(cell)
     _check_input(x, cell, mask)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = at_least_float32(x.dtype)
     directions = 2 if cell.bidirectional else 1
     initial = _check_state(state, kind, (directions, x.shape[0], cell.hidden_size), x, dtype)
 
     def scan_one_way(direction: int, steps: Tensor, mask: Tensor | None, starts: Tensor | None) -> list[Tensor]:
         weights = weights_of(cell, direction, dtype)
-        start = None if initial is None else [part[direction : direction + 1] for part in initial]
+        start = initial
+        if directions == 2 and initial is not None:
+            start = [part[direction : direction + 1] for part in initial]
         if starts is not None:
             return [scan_sequences(kind, steps, mask, starts, weights)]
         return masked_scan(kind, steps, mask, weights, start, needs_memory)
 
     with without_autocast(x.device):
-        steps = x.to(dtype)
+        steps = x if x.dtype == dtype else x.to(dtype)
         outputs, *final = scan_one_way(0, steps, mask, starts)
         if directions == 2:
             if starts is not None:  # backwards a sequence begins where the next one has begun
@@ -74,7 +85,7 @@ def scan_each_way(
             others, *ends = scan_one_way(1, steps.flip(1), None if mask is None else mask.flip(1), starts)
             outputs = torch.cat([outputs, others.flip(1)], dim=-1)
             final = [torch.cat(parts) for parts in zip(final, ends, strict=True)]
-    return outputs.to(x.dtype), final
+    return outputs if x.dtype == dtype else outputs.to(x.dtype), final
 
 
 def _check_input(x: Tensor, cell: Cell, mask: Tensor | None) -> None:
@@ -103,4 +114,4 @@ def _check_state(
             f"`state` of this {kind.split('_')[0].upper()} must be {count} tensor(s) of shape {shape}, got "
             f"{[tuple(part.shape) for part in parts]}."
         )
-    return [part.to(dtype) for part in parts]
+    return [part if part.dtype == dtype else part.to(dtype) for part in parts]

@@ -35,10 +35,11 @@ def scan_sequences(kind: str, x: Tensor, mask: Tensor | None, starts: Tensor, we
     """`scan` over sequences that lie in the rows of a batch one after another, each from a state of zero.
 
     Args:
-        kind: as in `scan`, and `weights`.
+        kind: as in `scan`.
         x: `(batch, time, features)`.
         mask: `(batch, time)`, true where a step is valid; all are by default.
         starts: `(batch, time)`, true where a sequence begins, besides each row's first step.
+        weights: as in `scan`.
 
     Returns:
         `(batch, time, hidden)`.

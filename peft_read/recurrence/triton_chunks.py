@@ -55,59 +55,66 @@ def _differs(handed, begun, lanes, size, tolerance):
 
 
 @triton.jit
-def _hand_over(target, h, m, scale, lanes, size):
-    tl.store(target + lanes, h, mask=lanes < size)
-    tl.store(target + size + lanes, m, mask=lanes < size)
-    tl.store(target + 2 * size, scale)
+def _next_stale(i, count, row, length, guess, runs, matches):
+    """The first chunk from `i` on of which it isn't known that it began with what its predecessor ended with."""
+    found = 0
+    while (found == 0) & (i < count):
+        chunks = i + tl.arange(0, BLOCK)
+        there = (chunks < count) & (chunks * length > guess)
+        ran_before = _fresh(runs + row * count + chunks - 1, there) // 2
+        stale = _fresh(matches + row * count + chunks, there) != ran_before
+        ahead = tl.min(tl.where(stale, tl.arange(0, BLOCK), BLOCK), axis=0)
+        i += ahead
+        found = tl.where(ahead < BLOCK, 1, 0)
+    return i
 
 
 @triton.jit
-def _run_chunk(
-    kind: tl.constexpr, backward: tl.constexpr, keep: tl.constexpr, group: tl.constexpr, h, m, scale, row, place,
-    first, begin, end, time, lanes, size, matrices, biases, tensors, begun, handed, ended, totals,
-):  # fmt: skip
-    """Run a chunk and store what it begins and ends with, the latter twice, and what its gates receive in all."""
-    h, m, largest, sums = run_steps(
-        kind, backward, keep, group, h, m, row, first, begin, end, time, lanes, size, matrices, biases,
-        begun + place * 2 * size, tensors,
-    )  # fmt: skip
-    scale = tl.maximum(largest, scale)
-    _hand_over(handed + place * (2 * size + 1), h, m, scale, lanes, size)
-    _hand_over(ended + place * (2 * size + 1), h, m, scale, lanes, size)
+def _store_all(kind: tl.constexpr, backward: tl.constexpr, sums, h, m, end_h, end_m, totals, place, row, ends, lanes,
+               size, programs):  # fmt: skip
+    """What only the host asks for: what a sequence ends with, and what a chunk's gates receive in all."""
+    inside = lanes < size
+    at_end = lanes < tl.where(ends, size, 0)
+    if end_h is not None:
+        tl.store(end_h + row * size + lanes, h, mask=at_end)
+    if end_m is not None:
+        tl.store(end_m + row * size + lanes, m, mask=at_end)
     if backward:
         a, b, c, d = sums
-        inside = lanes < size
-        vectors: tl.constexpr = 6 if kind == "gru" else (4 if kind == "lstm" else 1)
-        total = totals + place * vectors * size + lanes
+        # The chunks lie next to each other: sums over them are then sums over rows.
+        total = totals + lanes * programs + place
+        across = size * programs
         tl.store(total, a, mask=inside)
-        if vectors > 1:
-            tl.store(total + size, b, mask=inside)
-            tl.store(total + 2 * size, c, mask=inside)
-            tl.store(total + 3 * size, a if kind == "gru" else d, mask=inside)
-        if vectors > 4:
-            tl.store(total + 4 * size, b, mask=inside)
-            tl.store(total + 5 * size, d, mask=inside)
-    tl.debug_barrier()  # all threads have stored their part, before others are told and before any is read here
+        if kind == "gru" or kind == "lstm":
+            tl.store(total + across, b, mask=inside)
+            tl.store(total + 2 * across, c, mask=inside)
+            tl.store(total + 3 * across, a if kind == "gru" else d, mask=inside)
+        if kind == "gru":
+            tl.store(total + 4 * across, b, mask=inside)
+            tl.store(total + 5 * across, d, mask=inside)
 
 
 @triton.jit(
     do_not_specialize=[
-        "given", "weight", "bias", "begin_h", "begin_m", "hidden", "memory", "states", "kept", "record", "scratch",
-        "time", "size", "count", "length", "guess", "rounds", "tolerance",
+        "given", "weight", "bias", "begin_h", "begin_m", "hidden", "memory", "states", "kept", "record", "end_h",
+        "end_m", "scratch", "time", "size", "count", "length", "guess", "rounds", "tolerance",
     ]
 )  # fmt: skip
 def all_chunks(
-    given, weight, bias, begin_h, begin_m, hidden, memory, states, kept, record, scratch,
+    given, weight, bias, begin_h, begin_m, hidden, memory, states, kept, record, end_h, end_m, scratch,
     time, size, count, length, guess, rounds, tolerance,
     kind: tl.constexpr, backward: tl.constexpr, keep: tl.constexpr, padded: tl.constexpr, group: tl.constexpr,
 ):  # fmt: skip
     """Run a recurrence over `count` chunks of `length` steps of every sequence, as this module's docstring says.
 
-    Args (for others see `kernel`):
+    There is one loop, and one place in it where a chunk is run, since that takes long to compile.
+
+    Args (for others see `triton_steps`):
         given: inputs or gradients.
         weight: the recurrent matrix, forward its transpose.
         bias: the recurrent bias, or None.
         begin_h, begin_m: what a run begins with, or None for zeros.
+        end_h, end_m: where to store what the sequences end with, or None.
         scratch: memory for what programs tell each other, of zeros.
         guess: how many steps a program begins before its chunk; like `length` a multiple of `group`.
         rounds: how often a program may run its chunk again.
@@ -121,15 +128,14 @@ def all_chunks(
     tensors = (given, hidden, memory, states, kept, record)
 
     # What lies in the scratch memory: how often each chunk has run, which of its predecessor's runs ended with what it
-    # began with, how many programs of each sequence are done, what each chunk began with, what it ended with at last
-    # and after each of its runs, what its gates received in all.
+    # began with, how many programs of each sequence are done, what each chunk began with, what it ended with after
+    # each of its runs, what its gates received in all.
     width = 2 * size + 1
     runs = scratch.to(tl.pointer_type(tl.int32), bitcast=True)
     matches = runs + programs
     done = matches + programs
     begun = scratch + 2 * programs + programs // count
-    ended = begun + programs * 2 * size
-    handed = ended + programs * width
+    handed = begun + programs * 2 * size
     totals = handed + programs * width * (rounds + 1)
 
     across = size if backward else gates * size
@@ -146,61 +152,82 @@ def all_chunks(
     biases = (b0, b1, b2, b3)
 
     # The chunk from a guess, then from what its predecessor ended with, if that is something else.
-    begin = chunk * length
-    first = tl.maximum(begin - guess, 0)
+    first = tl.maximum(chunk * length - guess, 0)
     from_start = first == 0
     h = _load_row(begin_h, row, lanes, size, tl.where(from_start, size, 0))
     m = _load_row(begin_m, row, lanes, size, tl.where(from_start, size, 0))
     scale = 0.0
     ran = 0
     match = 0
+    mending = 0
     again = 1
     while again == 1:
-        _run_chunk(
-            kind, backward, keep, group, h, m, scale, row, place, first, begin, tl.minimum(begin + length, time),
-            time, lanes, size, matrices, biases, tensors, begun, handed + ran * programs * width, ended, totals,
+        begin = chunk * length
+        h, m, largest, sums = run_steps(
+            kind, backward, keep, group, h, m, row, first, begin, tl.minimum(begin + length, time), time, lanes, size,
+            matrices, biases, begun + place * 2 * size, tensors,
         )  # fmt: skip
-        ran += 1
-        again = 0
-        tl.atomic_xchg(runs + place, 2 * ran, sem="release")
-        if not from_start:
-            news = _look(runs + place - 1)
-            looks = 0
-            while (news // 2 <= match) & (news % 2 == 0) & (looks < PATIENCE):
-                news = _look(runs + place - 1)
-                looks += 1
-            if news // 2 > match:
-                before = handed + (match * programs + place - 1) * width
-                next_h, next_m, scale, differs = _differs(before, begun + place * 2 * size, lanes, size, tolerance)
-                match += 1
-                if differs == 1:
-                    if ran <= rounds:
-                        h = next_h
-                        m = next_m
-                        first = begin
-                        again = 1
-                    else:
-                        match = -1
-    tl.store(matches + place, match)
-    tl.debug_barrier()
-    tl.atomic_or(runs + place, 1, sem="release")
+        _store_all(
+            kind, backward, sums, h, m, end_h, end_m, totals, place, row, chunk == count - 1, lanes, size, programs
+        )
+        handover = handed + (ran * programs + place) * width
+        tl.store(handover + lanes, h, mask=lanes < size)
+        tl.store(handover + size + lanes, m, mask=lanes < size)
+        tl.store(handover + 2 * size, tl.maximum(largest, scale))
+        tl.debug_barrier()  # all threads have stored their part, before others are told and before any is read here
+        if mending == 0:
+            tl.atomic_xchg(runs + place, 2 * (ran + 1), sem="release")
 
-    # The last program of a sequence mends what is left.
-    if tl.atomic_add(done + row, 1, sem="acq_rel") == count - 1:
-        differs = 0
-        for base in tl.range(1, count, BLOCK):
-            chunks = base + tl.arange(0, BLOCK)
-            there = (chunks < count) & (chunks * length > guess)
-            ran_before = _fresh(runs + row * count + chunks - 1, there) // 2
-            stale = tl.where(_fresh(matches + row * count + chunks, there) != ran_before, 1, 0)
-            if (tl.max(stale, axis=0) == 1) | (differs == 1):
-                for i in tl.range(base, tl.minimum(base + BLOCK, count)):
-                    place = row * count + i
-                    before = ended + (place - 1) * width
-                    h, m, scale, differs = _differs(before, begun + place * 2 * size, lanes, size, tolerance)
-                    if differs == 1:
-                        _run_chunk(
-                            kind, backward, keep, group, h, m, scale, row, place, i * length, i * length,
-                            tl.minimum(i * length + length, time), time, lanes, size, matrices, biases, tensors,
-                            begun, handed, ended, totals,
-                        )  # fmt: skip
+        # Is there a chunk to run: this program's own again, or, for the last program of a sequence, one to be mended?
+        again = 0
+        changed = mending
+        looking = 1
+        while looking == 1:
+            looking = 0
+            before = handed
+            compares = 0
+            if mending == 1:
+                chunk += 1
+                if changed == 0:
+                    chunk = _next_stale(chunk, count, row, length, guess, runs, matches)
+                if chunk < count:
+                    place = row * count + chunk
+                    ran_before = tl.load(runs + place - 1, cache_modifier=".cg") // 2
+                    before = handed + ((ran_before - 1) * programs + place - 1) * width
+                    compares = 1
+            elif not from_start:
+                news = _look(runs + place - 1)
+                looks = 0
+                while (news // 2 <= match) & (news % 2 == 0) & (looks < PATIENCE):
+                    news = _look(runs + place - 1)
+                    looks += 1
+                if news // 2 > match:
+                    before = handed + (match * programs + place - 1) * width
+                    match += 1
+                    compares = 1
+            if compares == 1:
+                had = begun + place * 2 * size
+                next_h, next_m, next_scale, differs = _differs(before, had, lanes, size, tolerance)
+                if (differs == 1) & (mending == 0) & (ran >= rounds):
+                    match = -1  # it is left to be mended
+                elif differs == 1:
+                    h = next_h
+                    m = next_m
+                    scale = next_scale
+                    again = 1
+            if again == 1:
+                first = chunk * length
+                ran += 1
+                if mending == 1:
+                    ran = tl.load(runs + place, cache_modifier=".cg") // 2 - 1
+            elif mending == 1:
+                changed = 0
+                looking = compares
+            else:
+                tl.store(matches + place, match)
+                tl.debug_barrier()
+                tl.atomic_or(runs + place, 1, sem="release")
+                if tl.atomic_add(done + row, 1, sem="acq_rel") == count - 1:
+                    mending = 1
+                    looking = 1
+                    chunk = 0

@@ -36,12 +36,10 @@ class TrimodalForSequenceClassification(TrimodalModel):
         output_attentions: bool | None = None,
         labels: Tensor | None = None,
     ) -> TrimodalOutput:
-        """As in [`TrimodalModel`], with `logits (batch, labels)`.
+        """As in [`TrimodalModel`], with `logits (batch, labels)`, and with a loss where `labels` are given.
 
-        Args:
-            pixel_values: as in [`TrimodalModel`], like all inputs.
-            labels: `(batch,)` of classes, where -100 counts for nothing; `(batch, labels)` of 0 and 1; or numbers,
-                `(batch,)` or `(batch, labels)`. With them there is a loss.
+        Labels are `(batch,)` of classes, where -100 counts for nothing; `(batch, labels)` of 0 and 1; or numbers,
+        `(batch,)` or `(batch, labels)`. All inputs are those of [`TrimodalModel`].
         """
         batch = self._batch(
             {"pixel_values": pixel_values},
@@ -82,13 +80,14 @@ class TrimodalForFrameClassification(TrimodalModel):
         output_attentions: bool | None = None,
         labels: Tensor | None = None,
     ) -> TrimodalOutput:
-        """As in [`TrimodalModel`], with `logits (batch, frames, labels)`.
+        """As in [`TrimodalModel`], with `logits (batch, frames, labels)`, and with a loss where `labels` are given.
 
-        Args:
-            pixel_values: as in [`TrimodalModel`], like all inputs; there have to be some.
-            labels: `(batch, frames)` of classes; `(batch, frames, labels)` of 0 and 1; or numbers, `(batch, frames)`
-                or `(batch, frames, labels)`. Padded frames, and those labelled -100, count for nothing. With them
-                there is a loss.
+        Labels are `(batch, frames)` of classes; `(batch, frames, labels)` of 0 and 1; or numbers, `(batch, frames)` or
+        `(batch, frames, labels)`. Padded frames, and those labelled -100, count for nothing. All inputs are those of
+        [`TrimodalModel`].
+
+        Raises:
+            ValueError: if there are no `pixel_values`.
         """
         if pixel_values is None:
             raise ValueError("There are no frames to classify: give `pixel_values`.")

@@ -54,9 +54,8 @@ class TrimodalOutput(ModelOutput):
 class TrimodalModel(PreTrainedModel):
     """Two or three pretrained encoders, of pictures, sound and text, and one vector of what they found.
 
-    The towers are `vision_model`, `audio_model` and `text_model`, None where there is none. Each token of a tower's
-    output that isn't padding has an equal part in its mean; the means, normalised and projected, are averaged over the
-    modalities that a sample has.
+    The towers are `vision_model`, `audio_model` and `text_model`, None where there is none. Each tower is mean-pooled
+    over its valid tokens; the means, normalised and projected, are averaged over the modalities that a sample has.
 
     Args:
         config: configuration of all; its tower configurations say how to build the towers that aren't given.

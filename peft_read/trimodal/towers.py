@@ -137,6 +137,7 @@ def _class_named(config: PreTrainedConfig, name: str) -> type[PreTrainedModel] |
 
 
 def _takes_mask(tower: nn.Module) -> bool:
-    # Those were pretrained without, and see silence in place of padding.
-    without = getattr(tower.config, "feat_extract_norm", "") == "group"
+    # Those were pretrained without, and see silence in place of padding; AST's would go over patches, not over sound.
+    over_patches = getattr(tower.config, "model_type", "") == "audio-spectrogram-transformer"
+    without = over_patches or getattr(tower.config, "feat_extract_norm", "") == "group"
     return not without and "attention_mask" in inspect.signature(tower.forward).parameters

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
-from benchmarks.conformance_table import README, table, table_in
+from benchmarks.conformance_table import PAGE, table, table_in
 from conformance.checks import CHECKS, applicable, outcome
 from conformance.families import FAMILIES, base_model
 
@@ -35,6 +35,6 @@ def test_what_is_mended_is_the_base_s_own_fault(family):
         check(family, base_model(family))
 
 
-def test_readme_tells_the_outcome():
-    """The README's table is what `conformance_table.py` writes if every check passes, as the tests above see to."""
-    assert table_in(README.read_text(encoding="utf-8")) == table(lambda family, check: None)
+def test_the_page_tells_the_outcome():
+    """The page's table is what `conformance_table.py` writes if every check passes, as the tests above see to."""
+    assert table_in(PAGE.read_text(encoding="utf-8")) == table(lambda family, check: None)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from common.annotations import decode_clips
-from common.embedded import digit_images
+from common.embedded import WORDS, digit_images
 from common.saved import check_saved_adapter
 from devices import free_port
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 from video_grounding import ordered_digits
-from video_grounding.annotations import Annotation, read_annotations
-from video_grounding.features import Collator
+from video_grounding.annotations import Annotation, read_annotations, read_captions
+from video_grounding.features import Collator, make_pair_examples
 from video_grounding.modeling import GroundingConfig, GroundingModel
 from video_grounding.training import grounding_metrics
 
@@ -54,6 +54,41 @@ def write_data(folder, changes=(), splits=("train", "train", "train", "validatio
         lines.append(json.dumps({key: value for key, value in line.items() if value is not None}))
     (folder / "annotations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def write_pairs(folder, count=3, **changes):
+    """A folder of captioned videos."""
+    folder.mkdir()
+    lines = []
+    for number in range(count):
+        write_video(folder / f"{number}.mp4", seconds=3 + number)
+        lines.append({"video": f"{number}.mp4", "caption": "a five and a six"})
+    lines[-1] |= changes
+    (folder / "annotations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_pairs_are_read_and_bad_ones_named(tmp_path, tiny_tokenizer):
+    """Video and caption of each line, no split and no labels; examples of them make a batch without labels."""
+    captions = read_captions(write_pairs(tmp_path / "good"))
+    assert [(pair.video.name, pair.caption) for pair in captions] == [
+        (f"{n}.mp4", "a five and a six") for n in range(3)
+    ]
+    examples = make_pair_examples(captions, lambda frames: torch.zeros(len(frames), 4), tiny_tokenizer, 1.0)
+    batch = Collator(tiny_tokenizer)(examples)
+    assert "labels" not in batch
+    assert batch["frame_mask"].sum(1).tolist() == [3, 4, 5]
+    for name, changes, message in (
+        ("no_caption", {"caption": ""}, r"annotations\.jsonl:3: field 'caption' is missing"),
+        ("no_video", {"video": "gone.mp4"}, r"annotations\.jsonl:3: the video .*gone\.mp4 isn't there"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read_captions(write_pairs(tmp_path / name, **changes))
+    with pytest.raises(FileNotFoundError, match="--pairs names a folder"):
+        read_captions(tmp_path)
+    (tmp_path / "annotations.jsonl").write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no line"):
+        read_captions(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +172,18 @@ def test_stories_ask_for_what_order_decides():
     assert not seen[0] & seen[1]
     assert not seen[0] & seen[2]
     assert not seen[1] & seen[2]
+
+
+def test_captions_name_what_a_video_shows(tmp_path):
+    """The embedded pairs: every digit of the story once, in words, and nothing of order."""
+    ordered_digits.make_pairs(tmp_path / "pairs", videos=2)
+    stories = np.random.default_rng(200)
+    for pair in read_captions(tmp_path / "pairs"):
+        story = ordered_digits.make_story(stories)
+        ordered_digits.render(stories, story, digit_images()["train"], ordered_digits.FRAMES_PER_CLIP)
+        shown = [WORDS[digit] for digit in stories.permutation(sorted(set(story.digits)))]
+        assert pair.caption.replace(" and", ",").split(", ") == [f"a {word}" for word in shown]
+        assert len(decode_clips(pair.video, 1.0)) == ordered_digits.NUM_CLIPS
 
 
 def tiny_text_config():
@@ -232,11 +279,17 @@ def run(*arguments, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("read", ["--pvla-weight", 0.1, "--pvla-states", "all_blocks"]), ("lora", [])]
+    ("method", "options"),
+    [
+        ("read", ["--pvla-weight", 3, "--pvla-states", "inputs", "--pvla-negatives", "--projection", "new"]),
+        ("lora", []),
+    ],
 )
 def test_a_users_own_data_and_models(tmp_path, tiny_models, method, options):
     """Data folder in, metrics, picture and adapter out; the script itself checks the adapter in a new process."""
     data = write_data(tmp_path / "data")
+    if method == "read":
+        options = [*options, "--pairs", write_pairs(tmp_path / "pairs")]
     models = ["--model", tiny_models / "text", "--frame-encoder", tiny_models / "vision"]
     output = tmp_path / "out"
     done = run("--data", data, *models, "--output", output, "--steps", 2, "--method", method, *options)
@@ -299,6 +352,7 @@ def test_a_wrong_method_is_refused_at_once(tmp_path):
         (["--method", "loar"], "--method loar is no PEFT method"),
         (["--method-config", '{"cell": "mamba"}'], "`cell` must be one of"),
         (["--method", "lora", "--pvla-weight", "0.1"], "align the blocks that --method read adapts"),
+        (["--pairs"], "--pairs are aligned by PVLA: set --pvla-weight"),
     ):
         done = run(*arguments, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
         assert done.returncode != 0

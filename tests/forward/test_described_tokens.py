@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from generators import CACHE
 from helpers import CLOSE, EXACT, adapted, batch_of, enable_checkpointing, strengthen, token_rows
 from peft import get_peft_model
 from torch import nn
@@ -167,6 +168,36 @@ def test_parts_of_a_model():
     torch.testing.assert_close(said.encoder_last_hidden_state, expected.encoder_last_hidden_state, **EXACT)
 
 
+@pytest.mark.parametrize("name", ["base_model.model.encoder", "base_model.model.encoder.", "encoder."])
+@torch.no_grad()
+def test_names_as_peft_gives_them(name):
+    """With the prefix of the adapted model, or a dot behind."""
+    model, batch = adapted("bert", cell="gru"), batch_of("bert", padding="left")
+    mask = batch.pop("attention_mask")
+    with describe_tokens(mask):
+        expected = model(**batch).last_hidden_state
+    with describe_tokens(mask, module=name):
+        said = model(**batch).last_hidden_state
+    torch.testing.assert_close(said, expected, **EXACT)
+    assert (model(**batch).last_hidden_state - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_name_of_nothing():
+    """Said at the end, with names that are there; not if no adapter ran, nor over an error that came before."""
+    model, batch = grounding(cell="gru"), padded_pair()
+    with (
+        pytest.warns(UserWarning, match="src_vid_mask"),  # what is about nothing isn't about these tokens
+        pytest.raises(ValueError, match=r"module='blocks'.*such as layers\.0\.linear2, layers\.1\.linear2\."),
+        describe_tokens(torch.ones(2, 11), module="blocks"),
+    ):
+        model(**batch)
+    with describe_tokens(module="blocks"), model.disable_adapter():
+        model(**batch)
+    with pytest.raises(ZeroDivisionError), describe_tokens(module="blocks"):
+        1 / 0  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -190,6 +221,32 @@ def test_a_description_of_other_tokens(name):
     message = rf"`{name}` of shape \(3, 4\), but encoder.*\(3, 10\)"
     with describe_tokens(**given), pytest.raises(ValueError, match=message):
         model(**batch)
+
+
+def test_sequences_behind_a_cache():
+    """Only the first of them could go on from it."""
+    model, ids = adapted("llama", cell="gru"), token_rows((8,))[0][None]
+    first = model(input_ids=ids[:, :3], use_cache=True)
+    rest = {"input_ids": ids[:, 3:], CACHE: getattr(first, CACHE)}
+    message = "several sequences are packed in a row, and given a cache"
+    with describe_tokens(sequence_ids=torch.tensor([[0, 0, 1, 1, 1]])), pytest.raises(ValueError, match=message):
+        model(**rest)
+    with pytest.raises(ValueError, match=message):
+        model(**rest, cu_seq_lens_q=torch.tensor([0, 2, 5], dtype=torch.int32))
+
+
+def test_replicas_are_out_of_reach():
+    """nn.DataParallel runs them in other threads, each with a part of the batch."""
+    model, batch = adapted("bert", cell="gru"), batch_of("bert", padding="left")
+    model.get_base_model()._is_replica = True  # as torch marks them
+
+    def run():
+        return model(**batch)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+        with describe_tokens(), pytest.raises(RuntimeError, match=r"replicas of nn\.DataParallel.*accelerate launch"):
+            pool.submit(run).result()
 
 
 def test_threads_and_errors():

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_read import describe_tokens
+from peft_read.forward.call import ForwardCall, RunningForward, SameObjects
+from peft_read.read import layer as read_layer
 from peft_read.read.layer import ReadLayer
 
 
@@ -249,3 +251,34 @@ def test_a_model_within_another_model():
         together = wrapper(LEFT)
         row = {k: v[1:2, -5:] for k, v in LEFT.items()}
         torch.testing.assert_close(together[1:2, -5:], wrapper(row), **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_masks_are_read_once_a_forward(family, monkeypatch):
+    """By the first layer, also where each block is given the mask again; on a GPU each look at it waits."""
+    read = []
+    original = read_layer.padding_of
+    monkeypatch.setattr(read_layer, "padding_of", lambda *args: read.append(args[1]) or original(*args))
+    model = adapted(family, cell="gru")
+    assert sum(isinstance(module, ReadLayer) for module in model.modules()) > 1
+    for forwards in (1, 2):
+        result(family, model, batch_of(family, padding="left"))
+        assert len(read) == forwards
+
+
+def test_other_masks_are_read_anew():
+    """What was found for some masks counts where the very same are given, not where equal ones are."""
+    mask = torch.ones(2, 3)
+    running = RunningForward.of(ForwardCall())
+    masks = [
+        {"mask": mask},
+        {"mask": mask.clone()},
+        {"attention_mask": mask},
+        {},
+        {"mask": None},
+        {"mask": {"full_attention": mask}},
+    ]
+    for _ in range(2):
+        for number, given in enumerate(masks):
+            assert running.once(SameObjects(dict(given)), lambda number=number: number) == number
+    assert running.once(SameObjects({"mask": mask}), lambda: "not known") == 0

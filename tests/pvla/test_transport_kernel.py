@@ -1,5 +1,6 @@
 """The Triton kernel of partial transport against torch's path: on a GPU where there is one, else interpreted."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -50,18 +51,28 @@ def check(cost, *args, **kwargs):
         assert error <= 10 * allowed + 2e-6 * expected.abs().max() + 1e-6
 
 
-@pytest.mark.parametrize("marginals", ["unit", "uniform"])
-@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("size", [(8, 8), (5, 21), (33, 16)])
+# The interpreter takes seconds for each: there every size, mass and kind of marginals comes up, not each with each.
+SOME = [
+    ((8, 8), 0.1, "unit"),
+    ((5, 21), 0.5, "uniform"),
+    ((33, 16), 0.9, "unit"),
+    ((8, 8), 0.99, "uniform"),
+    ((5, 21), 1.0, "unit"),
+    ((33, 16), 1.0, "uniform"),
+]
+ALL = list(itertools.product([(8, 8), (5, 21), (33, 16)], [0.1, 0.5, 0.9, 0.99, 1.0], ["unit", "uniform"]))
+
+
+@pytest.mark.parametrize(("size", "mass", "marginals"), SOME if DEVICE == "cpu" else ALL)
 def test_equals_torch(size, mass, marginals):
     """Plan, cost and residual, after as many iterations as are the default."""
     check(cosine_costs(size, batch=2), mass, marginals=marginals)
 
 
-@pytest.mark.parametrize("n_iter", [1, 6, 12, 25, 26, 60])
+@pytest.mark.parametrize("n_iter", [1, 6, 12, 25, 26])
 def test_equals_torch_after_any_number_of_iterations(n_iter):
     """Around those in which something else happens."""
-    check(cosine_costs((9, 7), batch=2), 0.8, n_iter=n_iter)
+    check(cosine_costs((9, 7), batch=1), 0.8, n_iter=n_iter)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes minutes")
@@ -72,31 +83,28 @@ def test_equals_torch_at_full_size(size):
         check(cosine_costs(size, batch=64), mass)
 
 
-@pytest.mark.parametrize("marginals", ["unit", "uniform"])
-@pytest.mark.parametrize("mass", [0.3, 1.0])
+@pytest.mark.parametrize(("mass", "marginals"), [(0.3, "uniform"), (1.0, "unit")])
 def test_converged_plan_is_that_of_pot(mass, marginals):
     """Of its entropic solver."""
     cost, (a, b) = cosine_costs((8, 8), batch=1), capacities((8, 8), marginals)
-    found = partial_transport(cost.float().to(DEVICE), mass, 0.2, marginals=marginals, n_iter=300)
+    found = partial_transport(cost.float().to(DEVICE), mass, 0.2, marginals=marginals, n_iter=150)
     expected = pot_entropic(cost[0], a, b, mass, 0.2)
     torch.testing.assert_close(found.plan[0].cpu().double(), expected, rtol=1e-4, atol=1e-6)
     assert found.residual < 1e-5
 
 
-@pytest.mark.parametrize("scale", [1.0, 1500.0])
-@pytest.mark.parametrize("mass", [1e-6, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize(("mass", "scale"), [(1e-6, 1.0), (0.5, 1500.0), (0.99, 1.0), (1.0, 1500.0)])
 def test_hard_problems_stay_finite_and_carry_their_mass(mass, scale):
     """Reg of 1e-3, and squared distances that nobody normalised."""
-    cost = (cosine_costs((20, 12)) * scale).float().to(DEVICE)
+    cost = (cosine_costs((20, 12), batch=2) * scale).float().to(DEVICE)
     found = partial_transport(cost, mass, 1e-3 if scale == 1 else 0.05)
     assert all(x.isfinite().all() for x in found)
-    torch.testing.assert_close(found.plan.sum((1, 2)).cpu(), torch.full((4,), mass), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.plan.sum((1, 2)).cpu(), torch.full((2,), mass), rtol=1e-4, atol=0)
     exact = by_torch(cost, mass, solver="exact").cost
     assert (found.residual > (found.cost - exact) / exact / 100 - 1e-4).all()
 
 
-@pytest.mark.parametrize("marginals", ["unit", "given"])
-@pytest.mark.parametrize("garbage", [-1e9, torch.inf, torch.nan])
+@pytest.mark.parametrize(("garbage", "marginals"), [(-1e9, "given"), (torch.inf, "unit"), (torch.nan, "given")])
 def test_padding_is_ignored(marginals, garbage):
     """Whatever lies in it; a sample without any pair has nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -106,31 +114,31 @@ def test_padding_is_ignored(marginals, garbage):
     cost = cosine_costs((10, 6)).masked_fill(~pairs, garbage)
     given = tuple(torch.rand(4, n, generator=generator) + 0.1 for n in (10, 6))
     masks = {"frame_mask": frame_mask, "word_mask": word_mask}
-    exact = by_torch(cost, 0.6, marginals=given if marginals == "given" else marginals, **masks)
+    exact = by_torch(cost, 0.6, marginals=given if marginals == "given" else marginals, n_iter=26, **masks)
     given = tuple(part.to(DEVICE) for part in given)
     leaf = cost.float().to(DEVICE).requires_grad_()
-    found = partial_transport(leaf, 0.6, marginals=given if marginals == "given" else marginals, **to_device(masks))
+    marginals = given if marginals == "given" else marginals
+    found = partial_transport(leaf, 0.6, marginals=marginals, n_iter=26, **to_device(masks))
     (gradient,) = torch.autograd.grad(found.cost.sum(), leaf)
     assert torch.equal(gradient, found.plan)
     assert found.plan.cpu()[~pairs].eq(0).all()
     torch.testing.assert_close([x.cpu().double() for x in found], list(exact), rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_bad_number_shows_in_its_sample_only(bad):
+def test_a_bad_number_shows_in_its_sample_only():
     """The others don't differ in a bit."""
     cost = cosine_costs((8, 6), dtype=torch.float32).to(DEVICE)
-    clean = partial_transport(cost)
-    cost[1, 3, 2] = bad
-    found = partial_transport(cost)
-    assert not found.cost[1].isfinite()
+    clean = partial_transport(cost, n_iter=12)
+    cost[0, 3, 2], cost[1, 0, 5], cost[2, 7, 0] = torch.nan, torch.inf, -torch.inf
+    found = partial_transport(cost, n_iter=12)
+    assert not found.cost[:3].isfinite().any()
     for x, y in zip(found, clean, strict=True):
-        assert torch.equal(x[[0, 2, 3]], y[[0, 2, 3]])
+        assert torch.equal(x[3], y[3])
 
 
 def test_any_layout_and_a_mass_for_each_sample():
     """Costs that aren't contiguous."""
-    check(cosine_costs((7, 12)).mT, torch.tensor([0.1, 0.4, 0.9, 1.0]))
+    check(cosine_costs((7, 12)).mT, torch.tensor([0.1, 0.4, 0.9, 1.0]), n_iter=12)
 
 
 def test_the_switch(monkeypatch):
@@ -138,7 +146,7 @@ def test_the_switch(monkeypatch):
     cost, called = cosine_costs((4, 3), dtype=torch.float32).to(DEVICE), []
     original = transport._solve_by_kernel
     monkeypatch.setattr(transport, "_solve_by_kernel", lambda *args: called.append(1) or original(*args))
-    partial_transport(cost)
+    partial_transport(cost, n_iter=1)
     assert called == [1]
     with pytest.raises(ValueError, match=r"costs in float32, and these are in torch\.float64"):
         partial_transport(cost.double())
@@ -169,15 +177,19 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+problems = [(80, 8, 8), (90, 75, 31), (100, 512, 64)]
+
 class NoGPU:
+    device = 0
+
     def get_current_device(self):
-        return 0
+        return self.device
 
     def get_current_stream(self, device):
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
+        return GPUTarget("cuda", problems[self.device][0], 32)
 
 driver.set_active(NoGPU())
 from peft_read.pvla import transport_kernel
@@ -186,7 +198,7 @@ binaries, run = [], transport_kernel._solve.run
 transport_kernel._solve.run = lambda *args, warmup, **kwargs: binaries.append(
     run(*args, warmup=True, **kwargs).asm["cubin"]
 )
-for frames, words in ((8, 8), (75, 31), (512, 64)):
+for driver.active.device, (_, frames, words) in enumerate(problems):
     masks = torch.ones(2, frames, dtype=torch.bool), torch.ones(2, words, dtype=torch.bool)
     a, b = torch.ones(2, frames), torch.ones(2, words)
     transport_kernel.solve(torch.ones(2, frames, words), a, b, torch.ones(2), masks, 0.05, 50)
@@ -195,11 +207,10 @@ assert min(map(len, binaries)) > 1000
 """
 
 
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_it_compiles_for_gpus(capability, tmp_path):
+def test_it_compiles_for_gpus(tmp_path):
     """To machine code, which takes no GPU: the interpreter accepts more than the compiler."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
     script = tmp_path / "compile.py"
     script.write_text(COMPILE)
-    subprocess.run([sys.executable, script, capability], check=True, env=environment)
+    subprocess.run([sys.executable, script], check=True, env=environment)

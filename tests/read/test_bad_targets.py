@@ -257,7 +257,8 @@ def test_the_first_of_a_tuple_is_adapted():
     model = nn.ModuleDict({"pair": Pair(WIDTH, WIDTH)})
     wrapped = strengthen(inject_adapter_in_model(ReadConfig(r=4, cell="gru", target_modules=["pair"]), model))["pair"]
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-    output, score = wrapped(x)
+    with describe_tokens():
+        output, score = wrapped(x)
     base, expected = wrapped.base_layer(x)
     assert torch.equal(score, expected)
     assert (output - base).abs().max() > 0.1

@@ -51,7 +51,7 @@ def short_chunks(kernel_scan, monkeypatch):
     monkeypatch.setattr(kernel_scan, "GUESS", SHORT)
 
 
-def make(name, size=5, batch=2, time=19, weights="as initialised", **kwargs):
+def make(name, size=5, batch=2, time=14, weights="as initialised", **kwargs):
     torch.manual_seed(0)
     if name == "relu":
         kwargs["nonlinearity"] = "relu"
@@ -76,10 +76,11 @@ def results(function, cell, x, state, seed=1):
     return [outputs, *finals, *torch.autograd.grad(loss, [x, state, *cell.parameters()])]
 
 
-def check(cell, x, state):
+def check(cell, x, state, floor=1e-6):
     """The kernels give what torch's module gives in float64, as closely as that module itself in float32.
 
-    Within a factor: where a rounding grows from step to step (with saturated weights), it's a matter of luck.
+    Within a factor: where a rounding grows from step to step (with saturated weights), it's a matter of luck. An error
+    up to `floor` of the largest value is allowed in any case.
     """
     module = functools.partial(results, lambda x, cell, state: cell(x, state))
     expected = module(copy.deepcopy(cell).double(), x.double(), state.double())
@@ -88,45 +89,57 @@ def check(cell, x, state):
     ours = results(lambda x, cell, s: recurrent_scan(x, cell, state=s), cell, x.to(DEVICE), state.to(DEVICE))
     for result, other, exact in zip(ours, theirs, expected, strict=True):
         error, usual = ((part.detach().cpu().double() - exact.detach()).abs().max() for part in (result, other))
-        assert error <= 50 * usual + 1e-6 * exact.detach().abs().max().clamp(min=1)
+        assert error <= 50 * usual + floor * exact.detach().abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("name", CELLS)
+# The interpreter takes seconds for each: there every cell meets some weights, and all weights meet some cell.
+SOME = [
+    ("rnn", "as initialised"), ("rnn", "never forgetting"), ("relu", "saturated"), ("relu", "alternating"),
+    ("gru", "as initialised"), ("gru", "saturated"), ("lstm", "almost none"), ("lstm", "never forgetting"),
+]  # fmt: skip
+ALL = [(name, weights) for name in CELLS for weights in WEIGHTS]
+
+
+@pytest.mark.parametrize(("name", "weights"), SOME if DEVICE == "cpu" else ALL)
 def test_equals_the_module_in_double_precision(name, weights, short_chunks):
     """Outputs, final state and all gradients, over chunks that all have to run again."""
     check(*make(name, weights=weights))
 
 
-@pytest.mark.parametrize("rounds", [0, 1])
-@pytest.mark.parametrize("name", CELLS)
-def test_what_is_left_after_the_rounds_is_mended(name, rounds, short_chunks, kernel_scan, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "rounds", "weights"),
+    [
+        ("rnn", 0, "never forgetting"),
+        ("relu", 1, "as initialised"),
+        ("gru", 1, "never forgetting"),
+        ("lstm", 0, "as initialised"),
+    ],
+)
+def test_what_is_left_after_the_rounds_is_mended(name, rounds, weights, short_chunks, kernel_scan, monkeypatch):
     """By the last program of a sequence; more chunks than it looks at together."""
     from peft_read.recurrence import triton_chunks as kernel_chunks
 
     monkeypatch.setattr(kernel_scan, "ROUNDS", rounds)
     if os.environ.get("TRITON_INTERPRET") == "1":  # what is compiled keeps the number that it has seen
-        monkeypatch.setattr(kernel_chunks.BLOCK, "value", 4)
-    check(*make(name, time=35, weights="never forgetting"))
-    check(*make(name, time=35))
+        monkeypatch.setattr(kernel_chunks.BLOCK, "value", 2)
+    check(*make(name, batch=2 if name == "rnn" else 1, time=21, weights=weights))
 
 
-@pytest.mark.parametrize("time", [2, 3, 4, 5, 8, 9, 12])
+@pytest.mark.parametrize("time", [2, 3, 4, 5, 8, 9])
 def test_any_length(time, short_chunks):
     """Whole chunks, parts of one, and those few that need no rounds."""
-    check(*make("gru", batch=1, time=time))
+    check(*make("rnn" if time > 3 else "gru", batch=1, time=time))
 
 
-@pytest.mark.parametrize("size", [1, 16, 17])
-@pytest.mark.parametrize("name", ["rnn", "lstm"])
+@pytest.mark.parametrize(("name", "size"), [("rnn", 1), ("gru", 16), ("lstm", 17)])
 def test_any_width(name, size, short_chunks):
     """States are padded to a power of two."""
-    check(*make(name, size=size, batch=1, time=13))
+    check(*make(name, size=size, batch=1, time=9))
 
 
 def test_chunks_of_the_real_length():
-    """As users have them."""
-    check(*make("gru", batch=1, time=100))
+    """As users have them, the last of which begins with a guess."""
+    check(*make("rnn", batch=1, time=81))
 
 
 def test_chunks_grow_where_there_are_many(kernel_scan, monkeypatch):
@@ -137,13 +150,13 @@ def test_chunks_grow_where_there_are_many(kernel_scan, monkeypatch):
     monkeypatch.setattr(kernel_scan, "CHUNK", SHORT)
     monkeypatch.setattr(kernel_scan, "MANY_WARPS", 1)
     monkeypatch.setattr(kernel_scan, "LONGEST_CHUNK", 2 * SHORT)
-    check(*make("rnn", time=19))
+    check(*make("rnn", time=17))
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_without_biases_or_an_initial_state(name, short_chunks):
     """Where nothing is given, nothing is read; and there is no gradient for it."""
-    cell, x, _ = make(name, bias=False)
+    cell, x, _ = make(name, bias=False, time=9)
     x.requires_grad_()
     expected = torch.autograd.grad(cell(x)[0].square().sum(), [x, *cell.parameters()])
     outputs, final = recurrent_scan(x.to(DEVICE), cell.to(DEVICE))
@@ -154,7 +167,7 @@ def test_without_biases_or_an_initial_state(name, short_chunks):
 
 def test_gradients_of_the_final_state_alone(short_chunks):
     """Of an LSTM's memory, which isn't among the outputs."""
-    cell, x, _ = make("lstm")
+    cell, x, _ = make("lstm", time=9)
     x.requires_grad_()
     expected = torch.autograd.grad(cell(x)[1][1].square().sum(), [x, *cell.parameters()])
     _, (_, memory) = recurrent_scan(x.to(DEVICE), cell.to(DEVICE))
@@ -181,7 +194,7 @@ def test_many_programs_at_once(name, keeps):
 
 def test_a_gradient_at_the_last_step_alone(short_chunks):
     """It reaches the first steps through all chunks: no part of it may be taken for zero too early."""
-    cell, x, state = make("rnn", batch=2, time=21, weights="never forgetting")
+    cell, x, state = make("rnn", batch=1, time=21, weights="never forgetting")
 
     def last(function, cell, x, state):
         x = x.detach().requires_grad_()
@@ -193,12 +206,12 @@ def test_a_gradient_at_the_last_step_alone(short_chunks):
     torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("name", ["rnn", "lstm"])
 def test_masks_and_both_directions(name, short_chunks):
     """Padding and holes: each row's valid steps alone, in either direction."""
-    cell, x, _ = make(name, time=15, bidirectional=True)
-    mask = torch.ones(2, 15, dtype=torch.bool)
-    mask[0, :6] = mask[1, 3] = mask[1, 11:] = False
+    cell, x, _ = make(name, time=11, bidirectional=True)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, :4] = mask[1, 3] = mask[1, 8:] = False
     outputs, _ = recurrent_scan(x.to(DEVICE), cell.to(DEVICE), mask=mask.to(DEVICE))
     double = copy.deepcopy(cell).cpu().double()
     for row in range(2):
@@ -208,7 +221,7 @@ def test_masks_and_both_directions(name, short_chunks):
 
 def test_half_precision_input_keeps_a_float32_state():
     """Only input and output are rounded; in inference mode too."""
-    cell, x, _ = make("gru", time=9)
+    cell, x, _ = make("gru", time=5)
     cell = cell.to(DEVICE)
     with torch.inference_mode():
         outputs, final = recurrent_scan(x.bfloat16().to(DEVICE), cell)
@@ -220,23 +233,23 @@ def test_half_precision_input_keeps_a_float32_state():
 @pytest.mark.parametrize("name", CELLS)
 def test_what_is_not_a_number_stays_so(name, short_chunks):
     """From the step where it comes up to the last, through chunks whose guess knows nothing of it; and no further."""
-    cell, x, _ = make(name, time=30)
-    x[0, 5] = torch.nan
+    cell, x, _ = make(name, time=17)
+    x[0, 2] = torch.nan
     cell, x = cell.to(DEVICE), x.to(DEVICE).requires_grad_()
     outputs, _ = recurrent_scan(x, cell)
-    assert outputs[0, 5:].isnan().all()
-    assert outputs[0, :5].isfinite().all()
+    assert outputs[0, 2:].isnan().all()
+    assert outputs[0, :2].isfinite().all()
     assert outputs[1].isfinite().all()
     grad = torch.ones_like(outputs)
-    grad[1, 20] = torch.nan
+    grad[1, 14] = torch.nan
     (grad,) = torch.autograd.grad(outputs, x, grad)
-    assert grad[1, :21].isnan().all()
-    assert grad[1, 21:].isfinite().all()
+    assert grad[1, :15].isnan().all()
+    assert grad[1, 15:].isfinite().all()
 
 
 def test_states_that_overflow(short_chunks):
     """An unbounded recurrence may: then no guess is good enough."""
-    cell, x, _ = make("relu", batch=1, time=25)
+    cell, x, _ = make("relu", batch=1, time=17)
     with torch.no_grad():
         cell.weight_hh_l0.fill_(1e4)
         cell.weight_ih_l0.abs_()  # nothing negative: infinities stay, where a difference of two isn't a number
@@ -246,21 +259,23 @@ def test_states_that_overflow(short_chunks):
     assert expected[:, 12:].isinf().all()
 
 
-def test_a_gpu_on_which_they_fail_is_told(monkeypatch):
+def test_a_gpu_on_which_they_fail_is_told(monkeypatch, short_chunks):
     """torch's kernels run there, after one warning that says why."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(eager, "TRIAL_STEPS", 10)
     device = torch.device(DEVICE)
-    assert all(eager._passes_trial.__wrapped__(kind, device) for kind in eager.GATES)
+    trial = eager._passes_trial.__wrapped__
+    assert all(trial(kind, 16, device) for kind in eager.GATES)
     by_kernel = eager._scan_by_kernel
     monkeypatch.setattr(eager, "_scan_by_kernel", lambda *args: [1.1 * part for part in by_kernel(*args)])
     with pytest.warns(UserWarning, match="don't run on a GPU .they give other results"):
-        assert not eager._passes_trial.__wrapped__("gru", device)
+        assert not trial("rnn_tanh", 16, device)
     monkeypatch.setattr(eager, "_scan_by_kernel", lambda *args: 1 / 0)
     with pytest.warns(UserWarning, match=f"ZeroDivisionError.*Set {SWITCH}=torch"):
-        assert not eager._passes_trial.__wrapped__("gru", device)
+        assert not trial("rnn_tanh", 16, device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not eager._passes_trial.__wrapped__("gru", device)
+    assert not trial("rnn_tanh", 16, device)
 
 
 def test_the_switch(monkeypatch):
@@ -326,9 +341,9 @@ def test_without_tf32_torch_s_kernel_is_called_as_ever(name, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("name", CELLS)
 def test_cudnn_is_as_exact(name, monkeypatch):
-    """What runs where the kernels can't: in float32, not in TF32."""
+    """What runs where the kernels can't: in float32, not in TF32, which would be a hundred times as far off."""
     monkeypatch.setenv(SWITCH, "torch")
-    check(*make(name, size=16, time=300))
+    check(*make(name, size=16, time=300), floor=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
@@ -348,7 +363,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-launches = []
+launches, targets = [], [("rnn_tanh", 80, 32), ("gru", 90, 32), ("lstm", 100, 64)]
 
 class Utils:
     def load_binary(self, name, binary, shared, device):
@@ -370,56 +385,57 @@ class Launcher:
         launches.append([address(arg) for arg in args])
 
 class NoGPU:
-    utils, launcher_cls = Utils(), Launcher
+    utils, launcher_cls, device = Utils(), Launcher, 0
 
     def get_current_device(self):
-        return 0
+        return self.device
 
     def get_current_stream(self, device):
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", int(sys.argv[2]), 32)
+        return GPUTarget("cuda", targets[self.device][1], 32)
 
 driver.set_active(NoGPU())
 from peft_read.recurrence.dispatch import GATES
 from peft_read.recurrence.chunked_triton import KernelScan, _Run, _compiled
 
-kind, size = sys.argv[1], int(sys.argv[3])
-gates, memory = GATES[kind], kind == "lstm"
-x, first = torch.zeros(2, 100, size, requires_grad=True), torch.zeros(2, size, requires_grad=True)
-matrix, bias = torch.zeros(gates * size, size), torch.zeros(gates * size)
-for start in (None, first):
-    for _ in range(2):
+for driver.active.device, (kind, _, size) in enumerate(targets):
+    gates, memory = GATES[kind], kind == "lstm"
+    x, first = torch.zeros(2, 100, size, requires_grad=True), torch.zeros(2, size, requires_grad=True)
+    matrix, bias = torch.zeros(gates * size, size), torch.zeros(gates * size)
+    starts = [first] if memory else [None]
+    for start in starts * 2:
         args = (x, matrix, matrix, bias, bias, start, start if memory else None)
         outputs, _ = KernelScan.apply(kind, True, *args)
         outputs.sum().backward()
-KernelScan.apply(kind, False, *args)
-# Both passes with and without an initial state; vanilla recurrences keep nothing for the backward pass anyway.
-assert len(_compiled) == (5 if gates > 1 else 4)
-assert len(launches) == 9
+    KernelScan.apply(kind, False, *args)
+    # Both passes, and one that keeps nothing for the backward pass; vanilla recurrences never do.
+    assert len(_compiled) == (3 if gates > 1 else 2)
+    assert len(launches) == 5
 
-# What is remembered is launched as Triton itself would launch it.
-_compiled.clear()
-states = x.detach()
-run = _Run(kind, states, backward=False)
-tensors = (torch.zeros(2, 100, gates * size), matrix, bias, first, None, first, None, states, None, None)
-run.launch(tensors)
-run.launch(tensors)
-assert len(_compiled) == 1
-first, second = (launch[:6] + launch[7:] for launch in launches[-2:])  # without what Triton makes for its own hooks
-assert first == second
+    # What is remembered is launched as Triton itself would launch it.
+    _compiled.clear()
+    states = x.detach()
+    run = _Run(kind, states, backward=False)
+    last = states[:, 0].contiguous() if memory else None
+    start = first if memory else None
+    inputs = torch.zeros(2, 100, gates * size)
+    tensors = (inputs, matrix, bias, start, start, start, start, states, None, None, None, last)
+    run.launch(tensors)
+    run.launch(tensors)
+    assert len(_compiled) == 1
+    one, other = (launch[:6] + launch[7:] for launch in launches[-2:])  # without what Triton makes for its own hooks
+    assert one == other
+    _compiled.clear()
+    launches.clear()
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "capability", "size"),
-    [("rnn_tanh", "80", "32"), ("gru", "90", "32"), ("lstm", "90", "64"), ("lstm", "100", "128")],
-)
-def test_the_kernels_compile_for_gpus(kind, capability, size, tmp_path):
+def test_the_kernels_compile_for_gpus(tmp_path):
     """To machine code, which takes no GPU: the interpreter accepts more than the compiler. And they are launched."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
     script = tmp_path / "compile.py"
     script.write_text(COMPILE)
-    subprocess.run([sys.executable, script, kind, capability, size], check=True, env=environment)
+    subprocess.run([sys.executable, script], check=True, env=environment)

@@ -1,0 +1,141 @@
+"""What a source of states is: it listens to a model and gives the states of videos and of sentences."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+
+BLOCK_SOURCES = ("last_block", "all_blocks", "bottleneck")
+SOURCES = ("auto", *BLOCK_SOURCES, "inputs", "towers")
+# Columns of a batch that say which positions of the model's sequence are video and which are text.
+TOKEN_MASKS = ("video_token_mask", "text_token_mask")
+
+Batch: TypeAlias = Mapping[str, Any]
+
+
+class VideoTextStates(NamedTuple):
+    """States that PVLA compares.
+
+    Attributes:
+        video: `(batch, frames, dim)`.
+        words: `(batch, words, dim)`.
+        frame_mask: `(batch, frames)`, true where a frame is valid; None: all are.
+        word_mask: `(batch, words)`, which words count, as a mask or as weights, see [`PvlaLoss`]; None: all do.
+        met: whether frames and words may have seen each other, as they have in the blocks of one sequence. Then other
+            samples' words are no test of what was learnt: they carry their own video along.
+    """
+
+    video: Tensor
+    words: Tensor
+    frame_mask: Tensor | None = None
+    word_mask: Tensor | None = None
+    met: bool = True
+
+
+StateFunction: TypeAlias = Callable[[nn.Module, Batch, Any], VideoTextStates]
+
+
+class StateSource(ABC):
+    """Gives the states of a batch that has just run through the model.
+
+    Attributes:
+        blocks: how many states it gives of each sample, those of one block after those of another.
+        reads_outputs: whether `states` looks at what the model returned.
+        met: whether frames and words have seen each other in these states; None: that isn't known before they come.
+    """
+
+    blocks = 1
+    reads_outputs = True
+    met: bool | None = False
+
+    @abstractmethod
+    def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """The states of the last forward inside of `recording`.
+
+        Args:
+            model: as the Trainer calls it.
+            batch: what the model was given, with the token masks where there are some.
+            outputs: what it returned; None if the source doesn't read it.
+        """
+
+    def run(self, model: nn.Module, batch: Batch) -> Any:
+        """Run a batch that has no task, as far as its states need; called inside of `recording`.
+
+        Args:
+            model: not wrapped for several devices.
+            batch: as of `states`.
+
+        Returns:
+            The outputs that `states` takes.
+        """
+        return model(**without_token_masks(batch))
+
+    def mismatched(self, states: VideoTextStates, batch: Batch) -> VideoTextStates | None:
+        """Videos beside words of other samples, if such states can be had; called inside of `recording`.
+
+        Args:
+            states: what `states` gave for the batch.
+            batch: likewise.
+        """
+        if states.met or len(states.words) <= self.blocks:
+            return None
+        words, mask = (
+            None if x is None else x.unflatten(0, (self.blocks, -1)).roll(1, 1).flatten(0, 1)
+            for x in (states.words, states.word_mask)
+        )
+        assert words is not None
+        return states._replace(words=words, word_mask=mask)
+
+    def samples(self, batch: Batch) -> Tensor | None:
+        """How many samples `states` will have with something to align; None where that isn't known before it runs."""
+        return None
+
+    def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+        """`input_ids` and which of them are the words of `states`, `(batch, time)`; None where that isn't known."""
+        return None
+
+    def check(self, example: Batch, model: nn.Module) -> None:
+        """Raise a `ValueError` if a batch like this one doesn't tell what is video and what is text.
+
+        Args:
+            example: a batch on the model's device.
+            model: in evaluation mode, not wrapped for several devices.
+        """
+        return
+
+    def untrained(self) -> str:
+        """Why there may be no gradient in the states."""
+        return "PVLA's states carry no gradient: no adapter that is trained comes before them."
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """In this context the model's forwards are listened to."""
+        yield
+
+
+class FunctionStates(StateSource):
+    """States by a function of the user's: `function(model, batch, outputs)`."""
+
+    met = None
+
+    def __init__(self, function: StateFunction) -> None:
+        self.function = function
+
+    def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
+        """What the function returns."""
+        return self.function(model, batch, outputs)
+
+
+def without_token_masks(batch: Batch) -> dict[str, Any]:
+    """What a model takes of a batch: all but the columns that only PVLA reads."""
+    return {name: value for name, value in batch.items() if name not in TOKEN_MASKS}
+
+
+def token_masks(batch: Batch) -> dict[str, Tensor]:
+    """The columns of a batch that only PVLA reads."""
+    return {name: batch[name] for name in TOKEN_MASKS if name in batch}
