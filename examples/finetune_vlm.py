@@ -10,9 +10,9 @@ With your own videos and any video language model of transformers:
     python examples/finetune_vlm.py --data my_videos --model Qwen/Qwen3-VL-2B-Instruct
 
 The data folder holds an `annotations.jsonl` with one object a line: `video` (a path relative to the folder), `split`
-(train, validation or test), and one of: `query` with `relevant_windows` ([[start, end], ...] in seconds), `question` with
-`answer`, `caption`, or `messages` of a conversation. Everything of transformers' `TrainingArguments` can be set; the page
-examples/vlm.md has more.
+(train, validation or test), and one of: `query` with `relevant_windows` ([[start, end], ...] in seconds), `question`
+with `answer`, `caption`, or `messages` of a conversation. Everything of transformers' `TrainingArguments` can be set;
+the page examples/vlm.md has more.
 """
 
 from __future__ import annotations

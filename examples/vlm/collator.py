@@ -38,6 +38,7 @@ class VlmCollator:
     template_options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """A batch of samples, all with an answer to learn or all without."""
         videos = [self.video(sample) for sample in samples]
         learns = samples[0].answer is not None
         prompts, wholes = zip(*(self._texts(s, v) for s, v in zip(samples, videos, strict=True)), strict=True)

@@ -114,7 +114,7 @@ def _conversation(given: Any, line: str) -> tuple[list[Message], str]:
     whole = isinstance(given, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in given)
     if not whole or len(given) < 2 or given[-1]["role"] != "assistant" or given[-2]["role"] != "user":
         raise ValueError(
-            f"{line}: `messages` must be objects with 'role' and 'content', the last two of the user and the assistant."
+            f"{line}: `messages` must be objects with 'role' and 'content', at the end the user's and the assistant's."
         )
     *messages, last = given
     items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -52,7 +53,7 @@ class Story:
 
 
 def make_story(rng: np.random.Generator, *, of_three: bool = False) -> Story:
-    """Five or six events of one or two frames, of up to three digits, none twice in a row; one of them thrice, if so."""
+    """Five or six events of one or two frames, of up to three digits, none twice in a row; if so, one of them thrice."""
     while True:
         choice = rng.choice(10, size=3, replace=False)
         digits = [int(rng.choice(choice))]
@@ -100,9 +101,16 @@ def make_dataset(folder: Path, counts: dict[str, int] = COUNTS, seed: int = 100)
                 name = f"videos/{split}_{index:03d}.mp4"
                 _write_video(draft / name, render(rng, story, images["test" if split == "test" else "train"]))
                 second = story.events(digit)[1]
-                asked = {"question": f"which frames are the second {WORDS[digit]}?", "answer": story.words([second])}
-                lines.append({"video": name, **asked, "relevant_windows": [story.window(second)], "split": split})
+                messages = conversation(f"which frames are the second {WORDS[digit]}?", story.words([second]))
+                windows = [story.window(second)]
+                lines.append({"video": name, "messages": messages, "relevant_windows": windows, "split": split})
         (draft / ANNOTATIONS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def conversation(question: str, answer: str | None = None) -> list[dict[str, Any]]:
+    """A question before a video, so that the model knows what to look for, and the answer where there is one."""
+    asked = {"role": "user", "content": [{"type": "text", "text": question}, {"type": "video"}]}
+    return [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]
 
 
 def parse_marks(text: str) -> list[Window]:

@@ -113,6 +113,7 @@ class VlmOptions:
 
     @property
     def method_fields(self) -> dict[str, Any]:
+        """Fields of the method's config."""
         return json.loads(self.method_config)
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 from transformers.video_utils import VideoMetadata
 
-from .digits import FRAMES, NOTHING, SIZE, Story, make_story, render
+from .digits import FRAMES, NOTHING, SIZE, Story, conversation, make_story, render
 
 
 SPECIAL = ("<pad>", "<|im_start|>", "<end_of_utterance>", "<unk>", "<image>", "<video>")
@@ -35,7 +35,7 @@ WORD = r"You are provided[^\n]*\n|\nFrame from \d\d:\d\d:|\d+\.\d|\w+|[^\w ]"
 IGNORED = -100
 
 
-def make_base(folder: Path, *, samples: int = 3000, steps: int = 800) -> None:
+def make_base(folder: Path, *, samples: int = 3000, steps: int = 1200) -> None:
     """Make model and processor once, and save them in `folder`, unless they exist.
 
     Vision tower and connector learn to give each frame the embedding of its digit's word; then, frozen, they give the
@@ -186,10 +186,7 @@ _prompts: dict[str, Tensor] = {}
 def _prompt(processor: SmolVLMProcessor, asked: str) -> Tensor:
     """The processor's tokens of a question about a video, the same for all videos of this length."""
     if asked not in _prompts:
-        content = [{"type": "video"}, {"type": "text", "text": asked}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        text = processor.apply_chat_template(conversation(asked), tokenize=False, add_generation_prompt=True)
         frames = np.zeros((FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
         times = {"total_num_frames": FRAMES, "fps": 1.0, "duration": float(FRAMES), "frames_indices": range(FRAMES)}
         given = {"videos": [[frames]], "video_metadata": [VideoMetadata(**times)], "do_sample_frames": False}

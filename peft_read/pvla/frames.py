@@ -8,12 +8,16 @@ from torch import Tensor
 from .source import Batch
 
 
+PIXELS = ("pixel_values", "pixel_values_videos")
+GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
 def frame_numbers(video: Tensor, batch: Batch) -> Tensor:
     """Which frame of its sample each video token belongs to.
 
-    Frames are the runs of video tokens, where text or special tokens stand between them. Where a whole video is one
-    run, they are the frames that `video_grid_thw` (or `image_grid_thw`) counts, or those of `pixel_values_videos`
-    `(videos, frames, channels, height, width)`.
+    Where text or special tokens stand between a video's frames, each run of video tokens is a frame. Where a whole
+    video is one run, its frames are those that `video_grid_thw` (or `image_grid_thw`) counts, or those of
+    `pixel_values_videos` `(videos, frames, channels, height, width)`.
 
     Args:
         video: `(batch, time)`, bool, true where a token is video.
@@ -24,26 +28,23 @@ def frame_numbers(video: Tensor, batch: Batch) -> Tensor:
 
     Raises:
         ValueError: if neither tells.
+
+    Example:
+        >>> video = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
+        >>> frame_numbers(video, {"video_grid_thw": torch.tensor([[1, 2, 4], [1, 2, 4], [2, 2, 4]])})
+        tensor([[-1,  0,  0, -1,  1,  1],
+                [ 0,  0,  1,  1, -1, -1]])
     """
     begins = video & ~torch.cat([torch.zeros_like(video[:, :1]), video[:, :-1]], dim=1)
-    runs = int(begins.sum())
-    lengths = _lengths_by_grid(video, batch, runs)
-    if lengths is None:
-        lengths = _lengths_by_pixels(video, batch, runs)
-    if lengths is None:
-        if runs <= int(video.any(1).sum()):
-            raise ValueError(
-                "pvla_pool_frames=True can't tell the frames: all of a sample's video tokens follow each other, and "
-                "neither `video_grid_thw` nor `pixel_values_videos` says how many frames they are of. Leave it out, "
-                "or give the Trainer a function as `pvla_states`."
-            )
-        return torch.where(video, begins.cumsum(1) - 1, -1)
-    starts = torch.zeros(int(video.sum()) + 1, dtype=torch.long, device=video.device)
-    starts[lengths.cumsum(0)] = 1
-    starts[0] = 1
+    run = begins.flatten().cumsum(0)[video.flatten()] - 1  # of each video token
+    lengths = torch.bincount(run, minlength=1)
+    frames = _frames_of_runs(lengths, int(video.any(1).sum()), batch)
+    place = torch.arange(len(run), device=run.device) - (lengths.cumsum(0) - lengths)[run]
+    in_run = torch.minimum(place // (lengths // frames)[run], frames[run] - 1)
     numbers = torch.full(video.shape, -1, device=video.device)
-    numbers[video] = starts[:-1].cumsum(0) - 1
-    first = numbers.masked_fill(~video, numbers.max().item() + 1).amin(1, keepdim=True)
+    numbers[video] = (frames.cumsum(0) - frames)[run] + in_run
+    # The first of a row is 0.
+    first = numbers.masked_fill(~video, torch.iinfo(numbers.dtype).max).amin(1, keepdim=True)
     return torch.where(video, numbers - first, -1)
 
 
@@ -66,25 +67,45 @@ def pooled_by_frame(states: list[Tensor], numbers: Tensor) -> tuple[Tensor, Tens
     return torch.cat(means), (counts[:, :-1] > 0).repeat(len(states), 1)
 
 
-def _lengths_by_grid(video: Tensor, batch: Batch, runs: int) -> Tensor | None:
-    """How many tokens each frame has, in the order of the batch; None where no grid counts these tokens."""
-    for name in ("video_grid_thw", "image_grid_thw"):
-        grid, other = batch.get(name), batch.get("image_grid_thw" if name[0] == "v" else "video_grid_thw")
-        if not isinstance(grid, Tensor) or isinstance(other, Tensor) or runs != len(grid):
-            continue  # images beside videos, or frames that are runs of their own
-        patches, tokens = int(grid.prod(1).sum()), int(video.sum())
-        if tokens and patches % tokens == 0:
-            return (grid[:, 1] * grid[:, 2] // (patches // tokens)).repeat_interleave(grid[:, 0])
-    return None
+def _frames_of_runs(lengths: Tensor, rows: int, batch: Batch) -> Tensor:
+    """How many frames each run of video tokens holds, `(runs,)`.
+
+    Args:
+        lengths: of the runs, in tokens, `(runs,)`.
+        rows: of the batch that have any.
+        batch: what the model was given.
+    """
+    runs, by_grid, by_pixels = len(lengths), _frames_by_grid(batch), _frames_by_pixels(batch)
+    told = by_pixels if by_grid is None else by_grid
+    has_both = any(all(isinstance(batch.get(name), Tensor) for name in names) for names in (PIXELS, GRIDS))
+    if told is None:  # where some video is several runs, its frames are
+        is_each_a_frame = runs > rows
+    else:  # fewer than frames where a processor leaves some out that are like the one before
+        is_each_a_frame = runs == int(told.sum()) or len(told) < runs < int(told.sum())
+    if is_each_a_frame and not (has_both and by_grid is None):
+        return torch.ones_like(lengths)
+    if told is not None and len(told) == runs and not has_both:  # else images and videos come in an unknown order
+        told = told.to(lengths.device)
+        rest = lengths % told
+        # LLaVA-OneVision, which has no grid, ends a video with one token more.
+        if (lengths >= told).all() and (rest <= (by_grid is None)).all():
+            return told
+    raise ValueError(
+        "pvla_pool_frames=True can't tell the frames of this batch: there are not as many runs of video tokens as "
+        "frames, and neither `video_grid_thw` nor `pixel_values_videos` says how many frames each run is of. Leave it "
+        "out, keep images and videos in batches of their own, or give the Trainer a function as `pvla_states`."
+    )
 
 
-def _lengths_by_pixels(video: Tensor, batch: Batch, runs: int) -> Tensor | None:
-    """Likewise, of videos that are one run each and have as many frames as each other."""
-    pixels = batch.get("pixel_values_videos")
-    if not isinstance(pixels, Tensor) or pixels.ndim != 5 or runs != len(pixels):
+def _frames_by_grid(batch: Batch) -> Tensor | None:
+    """How many frames each image and video of a batch has; None where there is no grid."""
+    grids = [grid[:, 0] for name in GRIDS if isinstance(grid := batch.get(name), Tensor)]
+    return torch.cat(grids) if grids else None
+
+
+def _frames_by_pixels(batch: Batch) -> Tensor | None:
+    """Likewise, by the axis of frames of videos that have as many as each other."""
+    pixels = batch.get(PIXELS[1])
+    if not isinstance(pixels, Tensor) or pixels.ndim != 5:
         return None
-    frames, tokens = pixels.shape[1], int(video.sum()) // len(pixels)
-    # LLaVA-OneVision ends a video with one token more.
-    each = torch.full((frames,), tokens // frames, device=video.device)
-    each[-1] += tokens % frames
-    return each.repeat(len(pixels)) if int(video.sum()) % len(pixels) == 0 and tokens % frames <= 1 else None
+    return torch.full((pixels.shape[0],), pixels.shape[1], device=pixels.device)

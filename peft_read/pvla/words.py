@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,8 @@ class TemplateTokens(NamedTuple):
 
     Attributes:
         special: ids of special tokens, sorted.
-        runs: ids that a chat template puts behind a special token, such as a role's name, beginning with that token.
+        runs: ids that a chat template puts around what is said, such as a role's name, two at least: with the special
+            token that they follow, if they follow one.
     """
 
     special: tuple[int, ...] = ()
@@ -76,35 +79,36 @@ def choose_words(text: Tensor, batch: Batch, words: str) -> Tensor:
 
 
 def _runs(processing: Any, tokenizer: Any, special: set[int]) -> tuple[tuple[int, ...], ...]:
-    """What the chat template puts behind special tokens, the longest first."""
-    rendered = _render(processing)
-    if rendered is None or not getattr(tokenizer, "is_fast", False):
+    """What the chat template puts around a question and an answer, the longest first."""
+    if not getattr(tokenizer, "is_fast", False):
         return ()
-    found = set()
-    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    spans = [(start, start + len(text)) for text in _TEXTS if (start := rendered.rfind(text)) >= 0]
-    run: list[int] = []
-    for token, (low, high) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token in special:
-            found.add(tuple(run))
-            run = [token]
-        elif any(low < end and high > start for start, end in spans):
-            found.add(tuple(run))
-            run = []
-        elif run:
-            run.append(token)
-    found.add(tuple(run))
-    return tuple(sorted((one for one in found if len(one) > 1), key=len, reverse=True))
+    found: set[tuple[int, ...]] = set()
+    for rendered in _rendered(processing):
+        encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        spans = [(start, start + len(text)) for text in _TEXTS if (start := rendered.rfind(text)) >= 0]
+        run: list[int] = []
+        for token, (low, high) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if any(low < end and high > start for start, end in spans):
+                found.add(tuple(run))
+                run = []
+            elif token in special:
+                found.add(tuple(run))
+                run = [token]
+            else:
+                run.append(token)
+        found.add(tuple(run))
+    return tuple(sorted((one for one in found if len(one) > 1), key=lambda one: (-len(one), one)))
 
 
-def _render(processing: Any) -> str | None:
-    """A conversation of a question and an answer in a chat template's words, None without a template."""
-    for content in (lambda text: [{"type": "text", "text": text}], lambda text: text):
-        messages = [
-            {"role": role, "content": content(t)} for role, t in zip(("user", "assistant"), _TEXTS, strict=True)
-        ]
-        try:
-            return processing.apply_chat_template(messages, tokenize=False)
-        except Exception:  # no template, or one that takes other contents
-            continue
-    return None
+def _rendered(processing: Any) -> Iterator[str]:
+    """A question and an answer in a chat template's words, with a video and without; nothing without a template."""
+    contents: tuple[Callable[[str], Any], ...] = (
+        lambda text: [{"type": "video"}, {"type": "text", "text": text}],  # some families have a template for videos
+        lambda text: [{"type": "text", "text": text}],
+        lambda text: text,
+    )
+    question, answer = _TEXTS
+    for asked, said in zip(contents, (contents[1], contents[1], contents[2]), strict=True):
+        messages = [{"role": "user", "content": asked(question)}, {"role": "assistant", "content": said(answer)}]
+        with suppress(Exception):  # no template, or one that takes other contents
+            yield processing.apply_chat_template(messages, tokenize=False)
