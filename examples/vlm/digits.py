@@ -53,7 +53,7 @@ class Story:
 
 
 def make_story(rng: np.random.Generator, *, of_three: bool = False) -> Story:
-    """Five or six events of one or two frames, of up to three digits, none twice in a row; if so, one of them thrice."""
+    """Five or six events of up to three digits, one or two frames each, none twice in a row; if so, one is thrice."""
     while True:
         choice = rng.choice(10, size=3, replace=False)
         digits = [int(rng.choice(choice))]

@@ -78,9 +78,8 @@ def _frames_of_runs(lengths: Tensor, rows: int, batch: Batch) -> Tensor:
     runs, by_grid, by_pixels = len(lengths), _frames_by_grid(batch), _frames_by_pixels(batch)
     told = by_pixels if by_grid is None else by_grid
     has_both = any(all(isinstance(batch.get(name), Tensor) for name in names) for names in (PIXELS, GRIDS))
-    if told is None:  # where some video is several runs, its frames are
-        is_each_a_frame = runs > rows
-    else:  # fewer than frames where a processor leaves some out that are like the one before
+    is_each_a_frame = runs > rows  # where some video is several runs, its frames are
+    if told is not None:  # fewer runs than frames where a processor leaves frames out that are like the one before
         is_each_a_frame = runs == int(told.sum()) or len(told) < runs < int(told.sum())
     if is_each_a_frame and not (has_both and by_grid is None):
         return torch.ones_like(lengths)

@@ -22,10 +22,10 @@ def alignment_health(
         mismatched: videos beside words of other samples, in the same order; None if there are no such states.
 
     Returns:
-        `frames`, `words`: how many of each a sample has; `residual`: how far from optimal the plans are, above 0.01 the
-        solver needs more iterations; `pairs`: effective number of matched pairs, the exponential of the plan's entropy;
-        `gap`: how much farther a mismatched video and sentence are than a sample's own, which grows where the alignment
-        learns something (missing without such).
+        `frames`, `words`: how many of each a sample has. `residual`: how far from optimal the plans are, above 0.01
+        the solver needs more iterations. `pairs`: effective number of matched pairs, the exponential of the plan's
+        entropy. `gap`: how much farther a mismatched video and sentence are than a sample's own, which grows where the
+        alignment learns something (missing without such).
     """
     valid, count = details.valid, details.valid.sum().clamp(min=1)
     pairs = torch.special.entr(details.plan).sum((1, 2)).exp()
