@@ -18,6 +18,7 @@ the page examples/vlm.md has more.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ Splits = dict[str, list[Sample]]
 def main() -> None:
     """Adapt a model, compare it with itself before, save the adapter and try it in a new process."""
     options, training = parse_options()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("peft_read").setLevel(logging.INFO)  # PVLA says what it takes for video and for words
     check_method(options.method, options.method_fields, options.adapt)
     check_quantisation(options.load_in)
     output, processes = Path(str(training.output_dir)), join_processes()

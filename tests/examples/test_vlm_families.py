@@ -18,8 +18,7 @@ from peft_read import PvlaTrainer, PvlaTrainingArguments, ReadConfig
 
 
 pytest.importorskip("rouge_score")
-NAMES = [name for name in FAMILIES if name != "idefics3"]
-EVERY = pytest.mark.parametrize("family", [needs_torchvision(name) for name in NAMES])
+EVERY = pytest.mark.parametrize("family", [needs_torchvision(name) for name in FAMILIES])
 # transformers' own.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 ARGUMENTS = {
