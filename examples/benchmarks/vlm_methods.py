@@ -4,8 +4,8 @@
 
 Each method's learning rate is the one that does best on 100 validation videos, with the first seed. With it, 300 steps
 of 8 on 200 videos for each of several seeds, which change the initialisation and the order of the training videos, and
-the scores on 400 test videos that no choice was made by. Prints the table of `examples/vlm.md`. Runs that were made are
-kept in the output folder and not made again.
+the scores on 400 test videos that no choice was made by. Prints the table of `examples/vlm.md`. Runs that were made
+are kept in the output folder and not made again.
 """
 
 from __future__ import annotations

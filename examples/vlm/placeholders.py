@@ -9,6 +9,10 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 
+# Attributes of a processor that say how many tokens a frame has, at least.
+PER_FRAME = ("image_seq_length", "image_seq_len")
+
+
 def check_placeholders(processor: ProcessorMixin, batch: dict[str, Tensor], frames: Sequence[int]) -> None:
     """Compare the placeholders of each row with what its frames will give, before a model runs.
 
@@ -21,7 +25,9 @@ def check_placeholders(processor: ProcessorMixin, batch: dict[str, Tensor], fram
         ValueError: if a row has another number of them, or none.
     """
     found, expected = count_placeholders(processor, batch).tolist(), _expected(processor, batch, frames)
-    for row, (tokens, least) in enumerate(zip(found, frames if expected is None else expected, strict=True)):
+    each = next((n for name in PER_FRAME if isinstance(n := getattr(processor, name, None), int)), 1)
+    least_by_row = [each * count for count in frames] if expected is None else expected
+    for row, (tokens, least) in enumerate(zip(found, least_by_row, strict=True)):
         if tokens < least or (expected is not None and tokens != least):
             raise ValueError(
                 f"Row {row} has {tokens} tokens in the place of pictures, but its {frames[row]} frames give "
@@ -32,9 +38,11 @@ def check_placeholders(processor: ProcessorMixin, batch: dict[str, Tensor], fram
 
 def count_placeholders(processor: ProcessorMixin, batch: dict[str, Tensor]) -> Tensor:
     """How many tokens of each row stand for pictures, `(batch,)`."""
-    owners = (processor, processor.tokenizer)
-    ids = {getattr(owner, f"{kind}_token_id", None) for owner in owners for kind in ("video", "image")}
-    known = torch.tensor(sorted(token for token in ids if isinstance(token, int)))
+    # The tokenizer's come first: Gemma 3's processor takes the token before an image for the image's.
+    owners = (processor.tokenizer, processor)
+    by_kind = [[getattr(owner, f"{kind}_token_id", None) for owner in owners] for kind in ("video", "image")]
+    ids = {next((token for token in of_kind if isinstance(token, int)), None) for of_kind in by_kind}
+    known = torch.tensor(sorted(token for token in ids if token is not None))
     return torch.isin(batch["input_ids"], known).sum(1)
 
 

@@ -80,5 +80,6 @@ def _draw_rows(axis: Axes, rows: dict[str, tuple[str, list[tuple[float, float]]]
         bars = [(start, end - start) for start, end in windows]
         axis.broken_barh(bars, (place - 0.4, 0.8), color=f"C{place}", alpha=0.6)
         if not windows:
-            axis.text(0, place, text[:150] or "(nothing)", va="center", fontsize=8)
+            shown = "".join(char if char.isprintable() else " " for char in text[:150]).replace("$", r"\$")
+            axis.text(0, place, shown.strip() or "(nothing)", va="center", fontsize=8)
     axis.set(xlim=(0, duration), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=list(rows))
