@@ -17,7 +17,6 @@ from vlm_models import FAMILIES, FIXED_FRAMES, base_model, needs_torchvision, pr
 from peft_read import PvlaTrainer, PvlaTrainingArguments, ReadConfig
 
 
-pytest.importorskip("rouge_score")
 EVERY = pytest.mark.parametrize("family", [needs_torchvision(name) for name in FAMILIES])
 # transformers' own.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
