@@ -7,8 +7,9 @@ record: `padding_of`, `starts_of` and `state_before`. What a forward leaves for 
 (`leave_states`); where there is none, it leaves nothing.
 
 The files: `context.py` has the hooks, `arguments.py` the names of arguments, `call.py` the record. `padding.py` reads
-which tokens are valid, `packing.py` where a sequence ends, `decoding.py` which state to start from and to leave, and
-`states_beside_cache.py` keeps the states beside a KV cache. `description.py` is what a caller says himself.
+which tokens are valid, `packing.py` where a sequence ends, `frames.py` which rows of a packed vision tower are one
+frame, `decoding.py` which state to start from and to leave, and `states_beside_cache.py` keeps the states beside a KV
+cache. `description.py` is what a caller says himself.
 
 Whatever can't be known is refused, with the sentence that mends it; `describe_tokens` says it explicitly. The page
 `examples/inputs.md` lists what is understood and what is refused.

@@ -20,6 +20,11 @@ POSITIONS = "position_ids"
 # What of a part's arguments is kept while a forward runs: not its hidden states, which would keep their memory.
 OF_PARTS = (*MASKS, *PADDING_MASKS, *PAIR_MASKS)
 SEQUENCE_LENGTHS = "cu_seq_lens_q"  # where packed sequences start and end, for flash attention
+# Frames, rows and columns of patches that each image or video has, `(videos, 3)`: a packed vision tower is given this.
+# A model around one is given one for its images and one for its videos, by names that end so.
+GRID = "grid_thw"
+# Where images, videos or sounds begin and end among the rows of a packed tower's blocks.
+EDGES = "cu_seqlens"
 # Only continuous batching passes it: requests share the cache page by page.
 PAGES = "write_index"
 # Of tokens that aren't the model's own, or of what is learnt from them.
@@ -61,6 +66,12 @@ def find_mask(arguments: dict[str, Any]) -> Any:
         if mask is not None and not (isinstance(mask, dict) and all(kind is None for kind in mask.values())):
             return mask
     return None
+
+
+def find_grids(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The grids of patches that a model was given, by name."""
+    found = {name: value for name, value in arguments.items() if name.endswith(GRID) and isinstance(value, Tensor)}
+    return {name: value for name, value in found.items() if value.ndim == 2 and value.shape[1] == 3}
 
 
 def outputs_of(output: Any) -> Iterable[Any]:

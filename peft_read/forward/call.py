@@ -40,6 +40,7 @@ class ForwardCall:
         is_paged: whether requests share the cache page by page (continuous batching).
         foreign_states: name of an argument that holds states of earlier tokens in another way, None if none does.
         videos: `(videos, frames)` of the pictures, where they were passed with an axis of frames.
+        grids: frames, rows and columns of patches of packed images and videos, by name of the argument.
         unread_masks: names of a model of one's own for arguments that it calls masks, of which nothing is read.
         described: what `describe_tokens` says of this call, the innermost first.
     """
@@ -59,6 +60,7 @@ class ForwardCall:
     is_paged: bool = False
     foreign_states: str | None = None
     videos: tuple[int, int] | None = None
+    grids: dict[str, Tensor] = field(default_factory=dict)
     unread_masks: tuple[str, ...] = ()
     described: tuple[Description, ...] = ()
 
@@ -89,6 +91,7 @@ class ForwardCall:
             is_paged=arguments.get(names.PAGES) is not None,
             foreign_states=names.find_foreign_states(arguments),
             videos=_videos(arguments),
+            grids=names.find_grids(arguments),
             unread_masks=() if is_known else _unread_masks(arguments),
             described=descriptions(),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,19 @@ class Alignment:
     """
 
     def __init__(
-        self, model: nn.Module, args: PvlaArguments, states: str | StateFunction, pairs: PairBatches | None
+        self,
+        model: nn.Module,
+        args: PvlaArguments,
+        states: str | StateFunction,
+        pairs: PairBatches | None,
+        processing: Any = None,
     ) -> None:
         args.check_pvla()
         self.args = args
         self.loss: PvlaLoss = args.pvla_loss()
-        self.source: StateSource = state_source(model, states)
+        self.source: StateSource = state_source(
+            model, states, words=args.pvla_words, pool_frames=args.pvla_pool_frames, processing=processing
+        )
         self.share = None if args.pvla_gradient_share is None else GradientShare(args.pvla_gradient_share)
         self.pairs = pairs
         self.samples_in_step: Tensor | None = None

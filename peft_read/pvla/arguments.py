@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .loss import PvlaLoss
 from .source import SOURCES
+from .words import WORDS
 
 
 @dataclass
@@ -48,6 +49,18 @@ class PvlaArguments:
             "'auto': the towers where there are two, else the last block."
         },
     )
+    pvla_words: Literal["all", "answer", "prompt"] = field(
+        default="all",
+        metadata={
+            "help": "Which text tokens are words: all, those with a label ('answer'), or those without ('prompt'). "
+            "Special tokens and what a chat template puts behind them never are; a collator's 'text_token_mask' says "
+            "more."
+        },
+    )
+    pvla_pool_frames: bool = field(
+        default=False,
+        metadata={"help": "Align the means of each frame's tokens, where a frame is many of them, as patches are."},
+    )
     pvla_negatives: bool = field(
         default=False,
         metadata={
@@ -85,6 +98,8 @@ class PvlaArguments:
             raise ValueError(f"pvla_gradient_share={self.pvla_gradient_share}: expected a positive share, or none.")
         if self.pvla_states not in SOURCES:
             raise ValueError(f"pvla_states={self.pvla_states!r}: expected one of {', '.join(map(repr, SOURCES))}.")
+        if self.pvla_words not in WORDS:
+            raise ValueError(f"pvla_words={self.pvla_words!r}: expected one of {', '.join(map(repr, WORDS))}.")
         if self.pvla_health_steps < 0:
             raise ValueError(f"pvla_health_steps={self.pvla_health_steps}: expected 0 or a number of steps.")
         if self.pvla_pairs_batch_size < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -17,9 +18,13 @@ from transformers import PreTrainedModel
 
 from ..architectures.targets import owner_of, takes_text
 from ..read.layer import ReadLayer
+from .frames import frame_numbers, pooled_by_frame
 from .source import Batch, StateSource, VideoTextStates, without_token_masks
 from .tokens import TokenMasks, gathered
 from .trained import modules_that_project, reaches_trained
+
+
+logger = logging.getLogger(__name__)
 
 
 class SequenceStates(StateSource):
@@ -48,6 +53,7 @@ class SequenceStates(StateSource):
             )
         self.tower = owner_of(model, next(iter(self.layers)))
         self.masks = TokenMasks(model)
+        self.pools_frames = False
         self.recorded: dict[str, Tensor] = {}
         self.embeddings = _embeddings(self.tower)
         self._with_grad = False
@@ -83,8 +89,10 @@ class SequenceStates(StateSource):
         return torch.is_grad_enabled() or not self._with_grad
 
     def check(self, example: Batch, model: nn.Module) -> None:
-        """Raise a `ValueError` if the token masks of `example` don't fit."""
-        self.masks(example)
+        """Raise a `ValueError` if the token masks of `example` don't fit, and log what they tell."""
+        logger.info(self.masks.describe(example))
+        if self.pools_frames:
+            frame_numbers(self.masks(example)[0], example)
 
     def samples(self, batch: Batch) -> Tensor | None:
         """Samples with video and text, once for each block."""
@@ -119,7 +127,12 @@ class SequenceStates(StateSource):
                     f"{tuple(states.shape)}: give `video_token_mask` and `text_token_mask` over the positions of the "
                     "sequence that the adapted blocks see."
                 )
-        (video, frame_mask), (words, word_mask) = (gathered(list(self.recorded.values()), mask) for mask in masks)
+        recorded = list(self.recorded.values())
+        words, word_mask = gathered(recorded, masks[1])
+        if self.pools_frames:
+            video, frame_mask = pooled_by_frame(recorded, frame_numbers(masks[0], batch))
+        else:
+            video, frame_mask = gathered(recorded, masks[0])
         return VideoTextStates(video, words, frame_mask, word_mask, met)
 
 

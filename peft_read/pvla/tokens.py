@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .source import TOKEN_MASKS, Batch
+from .words import TemplateTokens, choose_words
 
 
 # Entries of a model's config that hold the ids that stand for visual tokens in `input_ids`.
@@ -19,12 +20,23 @@ PLACEHOLDERS = ("video_token_id", "image_token_id", "video_token_index", "image_
 class TokenMasks:
     """Tells a batch's video tokens from its text: by the batch's masks, else by the placeholders in `input_ids`.
 
+    Text that isn't told by a mask is without special tokens and what a chat template puts behind them.
+
     Args:
         model: whose configs name the placeholders.
+        words: which text tokens are words: `"all"`, `"answer"` (those with a label), or `"prompt"` (those without).
+        template: tokens that are never words.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        words: str = "all",
+        template: TemplateTokens = TemplateTokens(),  # noqa: B008
+    ) -> None:
         self.placeholders = _placeholder_ids(model)
+        self.chosen = words
+        self.template = template
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which positions are video, `(batch, time)` bool; and which are text, bool or the weights of words.
@@ -46,13 +58,25 @@ class TokenMasks:
         video = video.bool()
         if text is None:
             text = ~video
+            if self.template.special and ids is not None and ids.shape == video.shape:
+                text = text & ~self.template.among(ids)
         elif not text.is_floating_point():
             text = text.bool()
         elif text.device.type == "cpu" and (text < 0).any():
             raise ValueError(f"{TOKEN_MASKS[1]!r} has negative weights; expected 0 or more for each token.")
+        text = choose_words(text, batch, self.chosen)
         if valid is not None and valid.shape == video.shape:
             video, text = video & valid.bool(), text * valid.bool()
         return video, text
+
+    def describe(self, batch: Batch) -> str:
+        """What is taken for video and for words in a batch, in a sentence."""
+        video, text = self(batch)
+        ids = "the batch's mask" if TOKEN_MASKS[0] in batch else f"the ids {self.placeholders}"
+        return (
+            f"PVLA takes {ids} for video. The first sample has {int(video[0].sum())} video tokens and "
+            f"{int((text[0] > 0).sum())} words among {video.shape[1]} tokens."
+        )
 
 
 def gathered(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:

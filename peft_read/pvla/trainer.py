@@ -117,7 +117,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
                 f"{'per_device_train_batch_size' if pairs is None else 'pvla_pairs_batch_size'}."
             )
         states = self.args.pvla_states if self._given_states is None else self._given_states
-        return Alignment(cast(nn.Module, self.model), self.args, states, pairs)
+        return Alignment(cast(nn.Module, self.model), self.args, states, pairs, self.processing_class)
 
     def _pair_batches(self, dataset: Any) -> PairBatches:
         if self._is_sharded():
@@ -273,7 +273,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
             with torch.no_grad(), rng_kept(self.args.device):
                 can_run = not (pvla.source.met and self._is_sharded())
                 mismatched = pvla.source.mismatched(aligned.states, batch) if can_run else None
-            health = alignment_health(pvla.loss, aligned.details, mismatched)
+            health = alignment_health(pvla.loss, aligned.states, aligned.details, mismatched)
             if norms is not None:
                 health["gradient_share"] = pvla.weight * norms[1] / norms[0]
             self._metrics_of_pvla.append("train", {f"pvla_{name}": value for name, value in health.items()})

@@ -42,9 +42,10 @@ class ReadConfig(AdapterConfig):
         dropout: probability with which entries of the adapter's output are dropped in training.
         scaling: factor of the adapter's output.
         recur_over: what time is: `"sequence"`, the tokens of an output `(batch, time, dim)`, or `"frames"`: an image
-            tower sees a video as `(batch * frames, tokens, dim)` and the state of each token position runs over the
-            frames of its video.
+            tower sees a video as `(batch * frames, tokens, dim)`, or the patches of all videos in one axis, and the
+            state of each token position runs over the frames of its video.
         num_frames: frames per video, for `recur_over="frames"` only; has to divide the batch that the tower sees.
+            Towers that take `grid_thw`, as Qwen-VL's do, are told it with each video: leave it out for them.
         target_modules: names of the modules to adapt: a list of names or name endings, a regular expression that
             matches whole names, or `"all-linear"`. By default those feed-forward outputs
             ([`find_feed_forward_outputs`] lists all) where video and text run: in generative composites the language
@@ -132,9 +133,8 @@ class ReadConfig(AdapterConfig):
                 "a cell."
             )
         if self.recur_over == "frames":
-            if self.num_frames is None:
-                raise ValueError("`recur_over='frames'` needs `num_frames`, the number of frames per video.")
-            check_positive_int("num_frames", self.num_frames)
+            if self.num_frames is not None:
+                check_positive_int("num_frames", self.num_frames)
         elif self.num_frames is not None:
             raise ValueError("`num_frames` is for `recur_over='frames'` only; leave it out or set that.")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -14,6 +14,7 @@ from ..forward.call import RunningForward, SameObjects
 from ..forward.context import ForwardContext
 from ..forward.decoding import LeftStates, state_before
 from ..forward.description import description_of, descriptions
+from ..forward.frames import FrameRows, frames_of
 from ..forward.packing import described_starts, starts_of
 from ..forward.padding import described_padding, padding_of, takes_a_mask
 from ..precision import at_least_float32, linear, weights_at_hand, without_autocast
@@ -34,6 +35,7 @@ class _Tokens(NamedTuple):
         valid: `(rows, time)`, true where a token isn't padding; None if none is.
         starts: `(rows, time)`, true where a sequence begins that isn't the first of its row; None if there is none.
         running: the forward that they run through; None outside of one.
+        frames: which are which frame, where those of all samples lie in one axis.
     """
 
     batch: int
@@ -41,6 +43,7 @@ class _Tokens(NamedTuple):
     valid: Tensor | None = None
     starts: Tensor | None = None
     running: RunningForward | None = None
+    frames: FrameRows | None = None
 
     def of_rows(self, rows: Tensor) -> _Tokens:
         """The same for some rows of the whole batch."""
@@ -62,6 +65,8 @@ class ReadLayer(AdapterLayer):
         module_name: the module's name in the adapted model, for messages.
         part: name of the part of that model whose mask counts where the model's own doesn't fit.
         around: the running calls of the models around that one, which may be given videos.
+        packed: of a tower whose output has the tokens of all samples in one axis, how many patches of a frame it
+            merges into one at its end (1: none); None for other models.
     """
 
     adapter_layer_names: tuple[str, ...] = ("read_downward", "read_recurrence", "read_upward")
@@ -79,11 +84,13 @@ class ReadLayer(AdapterLayer):
         module_name: str,
         part: str | None = None,
         around: Sequence[ForwardContext] = (),
+        packed: int | None = None,
     ) -> None:
         super().__init__(base_layer, getattr(base_layer, "in_features", out_features), out_features, module_name)
         self.context = context
         self.part = part
         self.around = tuple(around)
+        self.packed = packed
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.num_frames: dict[str, int | None] = {}
@@ -141,6 +148,11 @@ class ReadLayer(AdapterLayer):
                 f"READ at {self.module_name} was made for {self.out_features} features, but this module's output has "
                 f"shape {tuple(hidden.shape)}. Target a module whose output ends in the model's width."
             )
+        if self.packed is not None and adapter_names is not None:
+            if not names:
+                return output
+            self._check_one_adapter(adapter_names)
+            names, adapter_names = names[:1], None
         x, tokens = self._tokens_and_call(hidden, names)
         if adapter_names is None:
             adapted = x
@@ -164,6 +176,14 @@ class ReadLayer(AdapterLayer):
                 adapted[rows] = x[rows] + self._delta(name, x[rows], tokens.of_rows(rows))
         return adapted
 
+    def _check_one_adapter(self, adapter_names: list[str]) -> None:
+        """Refuse several in one batch where a sample's rows can't be told from another's."""
+        if len(set(adapter_names)) > 1:
+            raise ValueError(
+                f"READ at {self.module_name} can't give each sample an adapter of its own: the patches of all samples "
+                "lie in one axis here. Run the samples of each adapter by themselves."
+            )
+
     def _delta(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
         """What adapter `name` adds to `x (..., dim)`."""
         down, up = cast(nn.Linear, self.read_downward[name]), cast(nn.Linear, self.read_upward[name])
@@ -182,8 +202,10 @@ class ReadLayer(AdapterLayer):
     def _recur(self, name: str, x: Tensor, tokens: _Tokens) -> Tensor:
         """Run the recurrence over the tokens or over the frames of `x (batch, tokens, r)`."""
         cell, frames = cast(Recurrence, self.read_recurrence[name]), self.num_frames[name]
+        if tokens.frames is not None:
+            return self._recur_over_rows(cell, x, tokens.frames)
         if frames is not None:
-            return self._recur_over_frames(cell, frames, x, tokens.valid)
+            return self._recur_over_frames(cell, frames, x, tokens)
         if tokens.running is None:
             return cell(x, tokens.valid, starts=tokens.starts)
         call, left = tokens.running.call, tokens.running.left
@@ -229,9 +251,19 @@ class ReadLayer(AdapterLayer):
         every[rows] = states
         return every
 
-    def _recur_over_frames(self, cell: Recurrence, frames: int, x: Tensor, valid: Tensor | None) -> Tensor:
+    @staticmethod
+    def _recur_over_rows(cell: Recurrence, x: Tensor, frames: FrameRows) -> Tensor:
+        """Each place's state over the frames of its video, of packed `x (rows, r)`."""
+        states = [cell(x[rows]).flatten(0, 1) for rows in frames.groups]
+        return torch.cat(states)[frames.back]
+
+    def _recur_over_frames(self, cell: Recurrence, frames: int, x: Tensor, given: _Tokens) -> Tensor:
         """Each token position's state over the frames of its video: `(videos * frames, tokens, r)`."""
-        self._check_videos(frames, x.shape[0])
+        check, valid = partial(self._check_videos, frames, x.shape[0]), given.valid
+        if given.running is None or is_tracing():
+            check()
+        else:  # also for checkpoints, which compute a part of a tower again after the models around it have ended
+            given.running.once(("videos", frames, x.shape[0]), check)
         if x.shape[0] % frames:
             raise ValueError(
                 f"READ at {self.module_name} recurs over num_frames={frames} frames a video, which doesn't divide its "
@@ -269,6 +301,8 @@ class ReadLayer(AdapterLayer):
         if not recurrent and hidden.ndim != 2:
             return hidden, _Tokens(hidden.shape[0])
         running = self.context.running()
+        if recurrent and self.packed is not None:
+            return self._packed_rows(hidden, running)
         shape = running.call.tokens_shape if running is not None else None
         if hidden.ndim == 2 and shape is not None and shape[0] * shape[1] == hidden.shape[0]:
             hidden = hidden.unflatten(0, shape)  # some blocks (OPT's) flatten the rows around their feed-forward part
@@ -285,6 +319,17 @@ class ReadLayer(AdapterLayer):
         both_ways = any(cast(Recurrence, self.read_recurrence[name]).bidirectional for name in recurrent)
         valid, starts = self._valid_and_starts(running, shape, both_ways)
         return hidden, _Tokens(hidden.shape[0], valid=valid, starts=starts, running=running)
+
+    def _packed_rows(self, hidden: Tensor, running: RunningForward | None) -> tuple[Tensor, _Tokens]:
+        """The output as `(rows, dim)`, and which rows are which frame."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if running is None:
+            raise RuntimeError(
+                f"READ at {self.module_name} runs outside of a call of its tower, so that it can't tell frames apart. "
+                "Call the tower, or the model around it."
+            )
+        frames = frames_of(running, self.around, rows, self.packed or 1, self.module_name)
+        return rows, _Tokens(rows.shape[0], running=running, frames=frames)
 
     def _valid_and_starts(
         self, running: RunningForward, shape: tuple[int, int], both_ways: bool

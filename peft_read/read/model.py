@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures.exceptions import NO_TIME_AXIS, TIME_FIRST
 from ..architectures.targets import attention_beside, block_index, default_targets, is_causal, owner_of
 from ..forward.context import ForwardContext
+from ..forward.frames import is_packed, takes_grid
 from ..tuners.base import AdapterTuner
 from ..tuners.checks import check_width, shown
 from .config import ReadConfig
@@ -119,6 +120,7 @@ class ReadModel(AdapterTuner):
             )
         if config.cell != "none":
             self._check_time_axis(name)
+            self._check_frames(name, config)
         if config.bidirectional and is_causal(owner_of(self.model, name)):
             raise ValueError(
                 f"`bidirectional=True` is for encoders, but {name} is in a decoder, where it would show every token "
@@ -141,6 +143,27 @@ class ReadModel(AdapterTuner):
                 f"READ can't adapt {name}: {where} has its tokens along the first axis and the batch along the "
                 "second, over which the recurrence would run. Build torch's layers with batch_first=True, target "
                 "other modules, or use cell='none' there."
+            )
+
+    def _check_frames(self, name: str, config: ReadConfig) -> None:
+        """Refuse recurrences over what isn't one sequence or one video."""
+        over_frames, tells = config.recur_over == "frames", takes_grid(owner_of(self.model, name))
+        if is_packed(self.model, name) and not (tells and over_frames):
+            mend = "Set `recur_over='frames'`, which runs over the frames of each video by itself; l" if tells else "L"
+            raise ValueError(
+                f"READ can't recur over the rows of {name}: in this tower those of all samples lie in one axis, so "
+                f"that the recurrence would run from one into the next. {mend}eave the tower out "
+                "(`exclude_modules`), or use cell='none' there."
+            )
+        if over_frames and tells and config.num_frames is not None:
+            raise ValueError(
+                f"`num_frames={config.num_frames}` isn't for {name}: its tower is told how many frames each video "
+                "has. Leave it out; `recur_over='frames'` is enough."
+            )
+        if over_frames and not tells and config.num_frames is None:
+            raise ValueError(
+                f"`recur_over='frames'` needs `num_frames`, the number of frames per video, at {name}: only towers "
+                "that take `grid_thw`, such as Qwen-VL's, are told it themselves."
             )
 
     def _width(self, name: str, module: nn.Module) -> int | None:
@@ -171,10 +194,17 @@ class ReadModel(AdapterTuner):
         owner = owner_of(self.model, name)
         context = ForwardContext.attach(owner, causal=is_causal(owner))
         around = self._contexts_around(name) if config.recur_over == "frames" else ()
-        return layer_cls(module, width, context, name, context.watch(owner, module), around)
+        packed = self._packed(owner, name)
+        return layer_cls(module, width, context, name, context.watch(owner, module), around, packed)
 
     def _update(self, layer: ReadLayer, adapter_name: str, config: ReadConfig, name: str) -> None:
         layer.update_layer(adapter_name, self._rank(name, config)[1], config)
+
+    def _packed(self, owner: nn.Module, name: str) -> int | None:
+        """Patches of a frame that a packed tower merges into one at its end; None if the module isn't in one."""
+        if not is_packed(self.model, name):
+            return None
+        return int(getattr(getattr(owner, "config", None), "spatial_merge_size", 1)) ** 2
 
     def _contexts_around(self, name: str) -> list[ForwardContext]:
         """Of the transformers models around a module, the adapted model included."""

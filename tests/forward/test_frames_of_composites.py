@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CLOSE, strengthen
+from helpers import CLOSE, adapter_parameters, enable_checkpointing, strengthen
 from models import HEADS, WIDE, WIDTH, bert_config, vit_config
 from peft import get_peft_model
 from transformers import (
@@ -124,3 +124,20 @@ def test_pictures_without_an_axis_of_frames():
     pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     whole, half = (model(pixel_values=given).last_hidden_state for given in (pixels, pixels[2:]))
     torch.testing.assert_close(whole[2:], half, **CLOSE)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_tower_of_a_composite_alone_under_checkpointing(use_reentrant):
+    """Its blocks are computed again while no model around it runs: the gradients are those without that."""
+
+    def gradients(model):
+        pixels = videos(FRAMES)["pixel_values"][0].requires_grad_()
+        tower = model.train().get_base_model().model.vision_model
+        tower(pixels).last_hidden_state.square().mean().backward()
+        return {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
+
+    expected, model = gradients(smolvlm()), smolvlm()
+    enable_checkpointing(model, use_reentrant)
+    for name, gradient in gradients(model).items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)

@@ -4,13 +4,16 @@ import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from helpers import strengthen
 from media_files import SIDE, tokenizer, write_video
-from models import bert_config, classifier
+from models import bert_config, classifier, llama_config
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -18,12 +21,14 @@ from transformers import (
     ASTFeatureExtractor,
     ASTModel,
     BertModel,
+    LlamaForCausalLM,
     SiglipConfig,
     SiglipModel,
     SiglipTextConfig,
     SiglipVisionConfig,
     T5Config,
     T5ForConditionalGeneration,
+    default_data_collator,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from video_grounding.modeling import GroundingConfig, GroundingModel
@@ -91,6 +96,22 @@ def rows():
     ]
 
 
+def causal():
+    """A tiny language model with READ."""
+    return get_peft_model(LlamaForCausalLM(llama_config()), peft_read.ReadConfig(r=4))
+
+
+def trl_on_cpu():
+    """TRL, whose own defaults want a GPU."""
+
+    @dataclass
+    class Config(trl.SFTConfig):
+        use_cpu: bool = True
+        bf16: bool = False
+
+    return SimpleNamespace(SFTConfig=Config, SFTTrainer=trl.SFTTrainer)
+
+
 class TwoParts(nn.Module):
     """Features of a video and of text, each with a part of its own."""
 
@@ -126,6 +147,14 @@ STAND_INS = {
         "ids": lambda: torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2]]),
     },
     "examples/inputs.md#Compile and export": {"model": adapted, "tokenizer": lambda: words},
+    "examples/vlm.md": {
+        "model": causal,
+        "trl": trl_on_cpu,
+        "dataclass": lambda: dataclass,
+        "videos": lambda: Dataset.from_list([row | {"labels": row["input_ids"]} for row in rows()]),
+        "collator": lambda: default_data_collator,
+        "processor": tokenizer,
+    },
     "hub_cards/README.md": {"model": adapted, "base_model": classifier},
 }
 # And everywhere but on the front page, which imports them.
