@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import gc
 import os
 
 import torch
@@ -21,3 +22,14 @@ def pytest_configure(config):
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     ):
         config.addinivalue_line("filterwarnings", reason)
+
+
+def pytest_collection_finish(session):
+    """All that is imported by now stays: the collection that each Trainer asks for then has a third of a second less."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    """What was kept from collection goes when Python ends."""
+    gc.unfreeze()
