@@ -52,7 +52,7 @@ class TokenMasks:
             raise ValueError(f"{TOKEN_MASKS[1]!r} has negative weights; expected 0 or more for each token.")
         if valid is not None and valid.shape == video.shape:
             video, text = video & valid.bool(), text * valid.bool()
-        return video, text
+        return video, text * ~video  # a mask of words may say something of placeholders, too
 
 
 def gathered(states: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
