@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import re
@@ -26,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
+from alignment_study.results import Results, chosen_options, print_table  # noqa: E402
+from alignment_study.rows import (  # noqa: E402
+    CELLS,
+    MORE_CELLS,
+    MORE_ROWS,
+    OPTIONS,
+    PLANS_LOOKED_AT,
+    POOL,
+    ROWS,
+    SEEDS,
+    STEPS,
+    TUNED_ON,
+    TUNING_SEEDS,
+    Row,
+    Run,
+)
 from common.embedded import WORDS  # noqa: E402
 from common.training import train  # noqa: E402
 from finetune_video import FEATURE_NOISE, LEARNING_RATE, adapt, load_base  # noqa: E402
@@ -52,118 +67,6 @@ from peft_read import PvlaTrainer, VideoTextStates  # noqa: E402
 
 
 RESULTS = Path(__file__).with_suffix(".json")
-STEPS = {"plain": 200, "second": 400}
-POOL = 300  # labelled videos, of which a seed takes some
-SEEDS, TUNING_SEEDS = range(200, 208), range(900, 902)
-# PVLA's weight and the projection's rate: all that is tried on validation videos.
-OPTIONS = ((3.0, 3e-3), (1.0, 3e-3), (10.0, 3e-3), (3.0, 1e-3), (3.0, 1e-2))
-TUNED_ON = ("plain", 25)
-PLANS_LOOKED_AT = 50  # test queries
-
-
-@dataclass(frozen=True)
-class Row:
-    """A way to train.
-
-    Attributes:
-        pvla: options of PVLA beside the weight; None: without it.
-        pairs: how many captioned videos are aligned; 0: the labelled videos with their own queries.
-        others: whether each pair has the caption of another video.
-        captions: `"natural"`, or `"digits"` for the words of digits alone.
-        pooled: whether the means of frames and words are compared.
-        stages: 1; 2: pairs first, on their own, then the labels, with the projection frozen; 0: pairs alone.
-        ridge: whether the projection is the regression onto words by the labels of single frames, and frozen.
-        like: the row of which it has weight and rate, as its control; None: its own.
-        longer: how many times the steps of the others.
-    """
-
-    pvla: dict[str, Any] | None = field(default_factory=dict)
-    pairs: int = 0
-    others: bool = False
-    captions: str = "natural"
-    pooled: bool = False
-    stages: int = 1
-    ridge: bool = False
-    like: str | None = None
-    longer: int = 1
-
-
-ALONE, CONTRASTIVE, PAPER = "READ alone", "contrastive .5, 400 pairs", "partial .5 (the paper's form), labelled videos"
-COSINE, INFO_NCE = "mean cosine, 400 pairs", "mean InfoNCE, 400 pairs"
-NEGATIVES = {"pvla_negatives": True}
-# What tells most, in this order.
-ROWS: dict[str, Row] = {
-    ALONE: Row(None),
-    CONTRASTIVE: Row(NEGATIVES, 400),
-    PAPER: Row(),
-    "contrastive .5, 400 pairs, captions of other videos": Row(NEGATIVES, 400, others=True, like=CONTRASTIVE),
-    INFO_NCE: Row(NEGATIVES, 400, pooled=True),
-    COSINE: Row(pairs=400, pooled=True),
-    "full, labelled videos": Row({"pvla_mass": 1.0}),
-    "ridge map on frame labels (upper bound)": Row(None, ridge=True, like=ALONE),
-    "READ alone, three times the steps": Row(None, like=ALONE, longer=3),
-}
-MORE_ROWS: dict[str, Row] = {
-    "contrastive .5, labelled videos": Row(NEGATIVES),
-    "partial .5, 400 pairs": Row(pairs=400),
-    "partial .5, 400 pairs, captions of other videos": Row(pairs=400, others=True, like="partial .5, 400 pairs"),
-    "contrastive 1, 400 pairs": Row(NEGATIVES | {"pvla_mass": 1.0}, 400),
-    "contrastive .5, 100 pairs": Row(NEGATIVES, 100, like=CONTRASTIVE),
-    "contrastive .5, 400 pairs, digit words only": Row(NEGATIVES, 400, captions="digits", like=CONTRASTIVE),
-    "partial .25, labelled videos": Row({"pvla_mass": 0.25}),
-    "partial .75, labelled videos": Row({"pvla_mass": 0.75}),
-    "mean cosine, labelled videos": Row(pooled=True),
-    "mean InfoNCE, 400 pairs, captions of other videos": Row(NEGATIVES, 400, pooled=True, others=True, like=INFO_NCE),
-    "mean cosine, 400 pairs, captions of other videos": Row(pairs=400, pooled=True, others=True, like=COSINE),
-    "contrastive .5, 400 pairs, two stages": Row(NEGATIVES, 400, stages=2, like=CONTRASTIVE),
-    "contrastive .5, 400 pairs, no labels: matching by cosine": Row(NEGATIVES, 400, stages=0, like=CONTRASTIVE),
-}
-# Tasks and numbers of labels in the order of what tells most, and how many of the rows they have by default.
-CELLS = {("plain", 25): 9, ("second", 100): 5, ("plain", 50): 3, ("plain", 10): 3}
-MORE_CELLS = (("plain", 100), ("second", 50), ("second", 25), ("second", 10))
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is run once.
-
-    Attributes:
-        task: `"plain"` or `"second"`.
-        labels: number of labelled videos.
-        row: the name of the way to train.
-        seed: of everything.
-        weight: of PVLA.
-        rate: the projection's learning rate.
-        steps: of training.
-    """
-
-    task: str
-    labels: int
-    row: str
-    seed: int
-    weight: float
-    rate: float
-    steps: int
-
-
-class Results:
-    """Finished runs in a file, which is written anew, whole, after each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
-
-    def of(self, **fields: Any) -> list[dict[str, Any]]:
-        """Those with these fields."""
-        return [entry for entry in self.entries if all(entry[name] == value for name, value in fields.items())]
-
-    def add(self, run: Run, found: dict[str, Any]) -> None:
-        """Keep what a run gave."""
-        self.entries.append(asdict(run) | found)
-        draft = self.path.with_suffix(".draft")
-        lines = ",\n".join(json.dumps(entry) for entry in self.entries)
-        draft.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        os.replace(draft, self.path)
 
 
 @dataclass
@@ -223,17 +126,6 @@ def planned(args: argparse.Namespace, results: Results) -> Iterable[Run]:
             continue
         for name in rows if every else list(ROWS)[: CELLS.get((task, labels))]:
             yield Run(task, labels, name, seed, *chosen_options(results, name), STEPS[task] * rows[name].longer)
-
-
-def chosen_options(results: Results, row: str) -> tuple[float, float]:
-    """Weight and rate that did best on validation, by the mean over the seeds on which the most of them were tried."""
-    row = (ROWS | MORE_ROWS)[row].like or row
-    tried: dict[tuple[float, float], list[float]] = {OPTIONS[0]: []}
-    for entry in results.of(row=row):
-        if entry["seed"] >= TUNING_SEEDS[0]:
-            tried.setdefault((entry["weight"], entry["rate"]), []).append(entry["validation mAP"])
-    most = max(len(values) for values in tried.values())
-    return max((o for o, v in tried.items() if len(v) == most), key=lambda o: sum(tried[o]))
 
 
 def print_budget(runs: Sequence[Run], results: Results) -> None:
@@ -304,7 +196,7 @@ def do(run: Run, row: Row, materials: Materials) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if trainer.args.uses_pvla and not row.pooled:
         found |= what_is_matched(trainer, splits["test"][:PLANS_LOOKED_AT], materials)
-    split = "validation" if run.seed in TUNING_SEEDS else "test"
+    split = "validation" if run.seed >= TUNING_SEEDS[0] else "test"
     found["mAP of matching by cosine"] = round(matching_map(model, splits[split], materials), 2)
     trainer.data_collator = Collator(materials.tokenizer)
     metrics = grounding_metrics(predict(trainer, splits[split]), splits[split])
@@ -410,54 +302,6 @@ def what_is_matched(trainer: PvlaTrainer, examples: Examples, materials: Materia
         "mass on relevant frames, over their share": round(statistics.mean(relevant), 2),
         "mass on the digit's word": round(statistics.mean(named), 2),
     }
-
-
-def print_table(results: Results) -> None:
-    """Of each cell the results, and the differences to READ alone on the same seeds."""
-    columns = [
-        "task, labelled videos",
-        "method (weight; rate)",
-        "seeds",
-        "test mAP",
-        "difference",
-        "by seed",
-        "matching",
-    ]
-    print("\n" + " | ".join(["", *columns, ""]).strip(), "|---" * len(columns) + "|", sep="\n")
-    for task, labels in [*CELLS, *MORE_CELLS]:
-        found = {name: by_seed(results, task, labels, name) for name in ROWS | MORE_ROWS}
-        for name, entries in found.items():
-            if not entries:
-                continue
-            pairs = [
-                (e["test mAP"], found[ALONE][seed]["test mAP"]) for seed, e in entries.items() if seed in found[ALONE]
-            ]
-            differences = [own - alone for own, alone in pairs] if name != ALONE else []
-            weight, rate = chosen_options(results, name)
-            cells = [
-                f"{task}, {labels}",
-                f"{name} ({rate:g})" if (ROWS | MORE_ROWS)[name].pvla is None else f"{name} ({weight:g}; {rate:g})",
-                str(len(entries)),
-                mean_and_spread([e["test mAP"] for e in entries.values()]),
-                mean_and_spread(differences, "+") if differences else "",
-                ", ".join(f"{each:+.1f}" for each in differences),
-                mean_and_spread([e["mAP of matching by cosine"] for e in entries.values()]),
-            ]
-            print("|", " | ".join(cells), "|")
-
-
-def by_seed(results: Results, task: str, labels: int, name: str) -> dict[int, dict[str, Any]]:
-    """A row's results with the weight and the rate that were chosen for it."""
-    weight, rate = chosen_options(results, name)
-    steps = STEPS[task] * (ROWS | MORE_ROWS)[name].longer
-    entries = results.of(task=task, labels=labels, row=name, weight=weight, rate=rate, steps=steps)
-    return {entry["seed"]: entry for entry in entries if entry["seed"] < TUNING_SEEDS[0]}
-
-
-def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
-    """For a table: `12.3 ± 0.4`."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
 
 
 if __name__ == "__main__":
