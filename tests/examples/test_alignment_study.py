@@ -99,10 +99,8 @@ def test_captions_of_other_videos(script):
     """Each video is there once, and so is each caption, and none with its own."""
     words = [{"frame_features": torch.tensor(i), "input_ids": i, "word_mask": i} for i in range(30)]
     materials = script.Materials(Path(), None, {}, words, [f"a {i}" for i in range(30)])
-    row = ROWS[OTHERS]
-    pairs = script.chosen_pairs(
-        Run("plain", 25, OTHERS, 7, 3.0, 3e-3, 200), type(row)(pairs=20, others=True), materials
-    )
+    run = Run("plain", 25, OTHERS, 7, 3.0, 3e-3, 200)
+    pairs = script.chosen_pairs(run, Row(pairs=20, others=True), materials)
     videos, captions = ([int(pair[name]) for pair in pairs] for name in ("frame_features", "input_ids"))
     assert len(set(videos)) == 20
     assert set(captions) == set(videos)
