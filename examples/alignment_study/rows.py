@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+RATE = 3e-3  # of READ and the head
 STEPS = {"plain": 200, "second": 400}
 POOL = 300  # labelled videos, of which a seed takes some
 SEEDS, TUNING_SEEDS = range(200, 208), range(900, 902)

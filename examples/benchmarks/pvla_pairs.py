@@ -46,6 +46,7 @@ from alignment_study.rows import (  # noqa: E402
     OPTIONS,
     PLANS_LOOKED_AT,
     POOL,
+    RATE,
     ROWS,
     SEEDS,
     STEPS,
@@ -56,7 +57,7 @@ from alignment_study.rows import (  # noqa: E402
 )
 from common.embedded import WORDS  # noqa: E402
 from common.training import train  # noqa: E402
-from finetune_video import FEATURE_NOISE, LEARNING_RATE, adapt, load_base  # noqa: E402
+from finetune_video import FEATURE_NOISE, adapt, load_base  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from video_grounding import ordered_digits  # noqa: E402
 from video_grounding.annotations import read_annotations, read_captions  # noqa: E402
@@ -222,7 +223,7 @@ def fit(
         few,
         Collator(materials.tokenizer, FEATURE_NOISE, few),
         steps=run.steps,
-        learning_rate=LEARNING_RATE,
+        learning_rate=RATE,
         learning_rates={"frame_projection": run.rate},
         seed=run.seed,
         description=f"{run.task} {run.labels} {run.row} {run.seed}",
