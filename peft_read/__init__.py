@@ -29,9 +29,18 @@ from .read.model import ReadModel
 from .recurrence.onnx import onnx_translations
 from .recurrence.scan import recurrent_scan
 from .trimodal.configuration import TrimodalConfig
-from .trimodal.heads import TrimodalForFrameClassification, TrimodalForSequenceClassification
+from .trimodal.features import FeatureTower, FeatureTowerConfig
+from .trimodal.generation import TrimodalForConditionalGeneration
+from .trimodal.heads import (
+    TrimodalForFrameClassification,
+    TrimodalForMultipleChoice,
+    TrimodalForSequenceClassification,
+)
 from .trimodal.modeling import TrimodalModel
+from .trimodal.picture import plot_importance
 from .trimodal.processing import TrimodalProcessor
+from .trimodal.retrieval import TrimodalForRetrieval
+from .tuners.loading import install as install_loading
 from .tuners.registration import register
 
 
@@ -39,9 +48,12 @@ __version__ = "0.1.0"  # the one place: packaging reads it here
 
 register(ReadConfig, ReadModel)
 register(LsttaConfig, LsttaModel)
+install_loading()
 install_cards()
 
 __all__ = [
+    "FeatureTower",
+    "FeatureTowerConfig",
     "LsttaConfig",
     "LsttaModel",
     "PvlaArguments",
@@ -54,7 +66,10 @@ __all__ = [
     "ReadConfig",
     "ReadModel",
     "TrimodalConfig",
+    "TrimodalForConditionalGeneration",
     "TrimodalForFrameClassification",
+    "TrimodalForMultipleChoice",
+    "TrimodalForRetrieval",
     "TrimodalForSequenceClassification",
     "TrimodalModel",
     "TrimodalProcessor",
@@ -64,6 +79,7 @@ __all__ = [
     "find_feed_forward_outputs",
     "onnx_translations",
     "partial_transport",
+    "plot_importance",
     "plot_plan",
     "recurrent_scan",
 ]

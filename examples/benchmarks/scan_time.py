@@ -6,8 +6,9 @@ Both run the same cell on the same input, torch's module and this package in tur
 ratio is the median over the rounds of torch's time over ours: processor time, on a GPU (`--device cuda`) time until
 it has finished. Outputs are compared before anything is timed. A second table is ours with what padded batches bring,
 over ours without; a third one is the whole layer of READ, 768 wide, over the bottleneck adapter without a recurrence.
-On a GPU, a time is also given as a multiple of what reading the input and writing the output once would take. Neither
-side may round to TF32 there: cuDNN does so unless it's forbidden, and is then off by a thousandth.
+On a GPU, a time is also given as a multiple of what reading the input and writing the output once would take, and a
+table more has both sides as CUDA graphs, which no host holds up. Neither side may round to TF32 there: cuDNN does so
+unless it's forbidden, and is then off by a thousandth.
 """
 
 from __future__ import annotations
@@ -102,6 +103,50 @@ def compare_with_torch(args: argparse.Namespace) -> None:
                 print(f"| {width} | {' | '.join(cells)} |", flush=True)
 
 
+def compare_graphs(args: argparse.Namespace) -> None:
+    """Print what the kernels alone take, of both sides."""
+    print("\nAs CUDA graphs, forward and backward, r = 32: torch's time over ours (ours, ms)\n")
+    print(f"| cell | {' | '.join(f'L = {length}' for length in args.lengths)} |")
+    print("|---|" + "---|" * len(args.lengths))
+    for kind in args.cells:
+        cells = []
+        for length in args.lengths:
+            cell = make_cell(kind, 32).cuda()
+            x = torch.randn(args.batch, length, 32, device="cuda", requires_grad=True)
+            ours = captured(lambda x=x, cell=cell: recurrent_scan(x, cell)[0], [x, *cell.parameters()])
+            theirs = captured(lambda x=x, cell=cell: cell(x)[0], [x, *cell.parameters()])
+            mine, faster = ratio(ours, theirs, False, args.rounds)
+            cells.append(f"{faster:.1f}x ({mine:.3g})")
+        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+
+
+def captured(run: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Tensor]:
+    """Forward and backward pass as one graph; gives the gradient of the first leaf."""
+
+    def step() -> tuple[Tensor, ...]:
+        outputs = run()
+        return torch.autograd.grad(outputs, leaves, torch.ones_like(outputs))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the first runs choose and compile kernels, which a graph can't record
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    for given, expected in zip(results, step(), strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+    def replay() -> Tensor:
+        graph.replay()
+        return results[0]
+
+    return replay
+
+
 def compare_layers(args: argparse.Namespace) -> None:
     """Print what the layer costs, over the same without a recurrence."""
     print("\nThe layer, 768 wide, r = 32, over the bottleneck adapter's, forward and backward\n")
@@ -174,6 +219,8 @@ def main() -> None:
     hardware = "CPU, 1 thread" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{hardware}, torch {torch.__version__}, batch {args.batch}")
     compare_with_torch(args)
+    if args.device == "cuda":
+        compare_graphs(args)
     compare_with_unmasked(args)
     compare_layers(args)
 

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 RESULTS = "results.json"
 
 
+def is_made(folder: Path) -> bool:
+    """Whether a folder is there that `finished` writes; clears away what killed runs have left of it."""
+    ours = re.compile(rf"(\.{re.escape(folder.name)}-[0-9a-f]{{32}})(\.lock)?")
+    found = [ours.fullmatch(path.name) for path in folder.parent.glob(".*")]
+    for name in {match[1] for match in found if match}:
+        lock = FileLock(folder.parent / f"{name}.lock")
+        try:
+            with lock.acquire(blocking=False):  # else its run lives
+                shutil.rmtree(folder.parent / name, ignore_errors=True)
+        except Timeout:
+            continue
+        Path(lock.lock_file).unlink(missing_ok=True)
+    return folder.exists()
+
+
 @contextmanager
 def finished(folder: Path) -> Iterator[Path]:
-    """A draft of `folder` to write to, which takes its name once it is complete: an interrupted run leaves none."""
+    """A draft of `folder` to write to, which takes its name once it is complete: an interrupted run leaves none.
+
+    If another run has made the folder meanwhile, that one is kept.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        yield draft
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    is_made(folder)
+    draft = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    lock = FileLock(f"{draft}.lock")
+    with lock:  # before there is a draft, which another run would take for one that was left
+        try:
+            draft.mkdir()
+            yield draft
+            try:
+                draft.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def check_output(folder: Path) -> None:

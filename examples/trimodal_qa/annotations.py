@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import av
 from common.annotations import is_span, read_entries
 
 
@@ -29,15 +30,9 @@ class Annotation:
     answers: tuple[tuple[float, float, str], ...]
     line: str
 
-    def of_frames(self, frames: int, seconds: float) -> list[str | None]:
-        """The answer at each of the frames in the middle of equal parts of the clip, None where there is none.
-
-        Args:
-            frames: number of frames.
-            seconds: length of the clip.
-        """
-        times = [(frame + 0.5) * seconds / frames for frame in range(frames)]
-        return [next((answer for start, end, answer in self.answers if start <= time < end), None) for time in times]
+    def at(self, seconds: Sequence[float]) -> list[str | None]:
+        """The answer at each of these seconds, None where there is none."""
+        return [next((answer for start, end, answer in self.answers if start <= time < end), None) for time in seconds]
 
 
 def read_annotations(folder: Path) -> list[Annotation]:
@@ -69,7 +64,9 @@ def answers_of(annotations: list[Annotation]) -> list[str]:
 def _annotation(entry: dict[str, Any], folder: Path, line: str) -> Annotation:
     answers = entry.get("answers")
     if not isinstance(answers, list) or not all(map(_is_answer, answers)):
-        raise ValueError(f"{line}: `answers` must be a list of [start, end, answer], start < end, got {answers!r}.")
+        raise ValueError(
+            f"{line}: `answers` must be a list of [start, end, answer], start < end, got {reprlib.repr(answers)}."
+        )
     ordered = sorted((float(start), float(end), answer) for start, end, answer in answers)
     for (_, end, _), (start, _, _) in pairwise(ordered):
         if start < end:
@@ -85,23 +82,3 @@ def _is_answer(value: Any) -> bool:
         and isinstance(value[2], str)
         and bool(value[2])
     )
-
-
-def length_of(video: Path) -> float:
-    """Length of a video's pictures in seconds.
-
-    Raises:
-        ValueError: if the file can't be read as a video, or doesn't say its length.
-    """
-    try:
-        with av.open(str(video)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{video} has no video stream.")
-            stream = container.streams.video[0]
-            if stream.duration is not None:
-                return float(stream.duration * stream.time_base)
-            if container.duration is not None:
-                return container.duration / av.time_base
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{video} can't be read as a video: {error}.") from error
-    raise ValueError(f"{video} doesn't say how long it is: store it as mp4.")

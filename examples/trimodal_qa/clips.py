@@ -16,7 +16,7 @@ import av
 import numpy as np
 from common.annotations import ANNOTATIONS
 from common.embedded import WORDS, Digits, digit_images
-from common.files import finished
+from common.files import finished, is_made
 from scipy.ndimage import zoom
 from tqdm import tqdm
 
@@ -126,7 +126,7 @@ def make_dataset(folder: Path, kind: str, seed: int = 0) -> None:
         kind: a key of `FRAMES`.
         seed: of the training and validation clips; test clips, of other images, are always the same.
     """
-    if folder.exists():
+    if is_made(folder):
         return
     images = digit_images()
     lines = []

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from peft_read import TrimodalProcessor
 
-from .annotations import Annotation, length_of
+from .annotations import Annotation
 
 
 Example = dict[str, Any]
-MASKS = {
-    "pixel_values": "frame_mask",
-    "input_values": "audio_mask",
-    "input_features": "audio_mask",
-    "input_ids": "attention_mask",
+# By input, its mask and its times.
+BESIDE = {
+    "pixel_values": ("frame_mask", "frame_times"),
+    "input_values": ("audio_mask", "audio_times"),
+    "input_features": ("audio_mask", "audio_times"),
+    "input_ids": ("attention_mask",),
 }
 MODALITIES = {"pixel_values": "vision", "input_values": "audio", "input_features": "audio", "input_ids": "text"}
 
@@ -37,23 +37,19 @@ def make_examples(
 
     Returns:
         One dict per annotation, without a batch dimension: `pixel_values`, `input_values` or `input_features` and
-        `input_ids`, with the masks that go with them, and `labels (frames,)`, the index of the answer, one more than
-        the last where there is none.
+        `input_ids`, with the masks and times that go with them, and `labels (frames,)`, the index of the answer in the
+        middle of a frame's time, one more than the last where there is none.
 
     Raises:
         ValueError: if a clip can't be decoded.
     """
-    clips: dict[Any, tuple[Example, float]] = {}
-    for video in tqdm(dict.fromkeys(each.video for each in annotations), desc="decode clips", leave=False):
-        seconds = length_of(video)
-        clips[video] = _first(processor(videos=[str(video)], audio="videos")), seconds
+    videos = tqdm(dict.fromkeys(each.video for each in annotations), desc="decode clips", leave=False)
+    clips: dict[Any, Example] = {video: _first(processor(videos=[str(video)], audio="videos")) for video in videos}
     examples = []
     for each in annotations:
-        clip, seconds = clips[each.video]
-        labels = [
-            len(answers) if answer is None else answers.index(answer)
-            for answer in each.of_frames(len(clip["pixel_values"]), seconds)
-        ]
+        clip = clips[each.video]
+        found = each.at(clip["frame_times"].mean(-1).tolist())
+        labels = [len(answers) if answer is None else answers.index(answer) for answer in found]
         examples.append(clip | _first(processor(text=[each.query])) | {"labels": torch.tensor(labels)})
     return examples
 
@@ -78,17 +74,24 @@ class Collator:
         Labels of padding are -100.
         """
         batch = {}
-        for name, mask in MASKS.items():
+        for name, beside in BESIDE.items():
             some = next((example for example in examples if name in example), None)
             if some is None or MODALITIES[name] not in self.modalities:
                 continue
-            batch[name] = _pad([example.get(name, torch.zeros_like(some[name][:1])) for example in examples])
-            batch[mask] = _pad([example.get(mask, torch.zeros_like(some[mask][:1])) for example in examples])
+            for each in (name, *beside):
+                batch[each] = _pad([example.get(each, torch.zeros_like(some[each][:1])) for example in examples])
         return batch | {"labels": _pad([example["labels"] for example in examples], -100)}
 
 
 def _pad(values: list[Tensor], padding: int = 0) -> Tensor:
-    return pad_sequence(values, batch_first=True, padding_value=padding)
+    """A batch of tensors of any sizes; sound in one segment beside sound in several has an axis of them, too."""
+    most = max(value.ndim for value in values)
+    values = [value if value.ndim == most else value[None] for value in values]
+    sizes = [max(each) for each in zip(*(value.shape for value in values), strict=True)]
+    batch = values[0].new_full((len(values), *sizes), padding)
+    for row, value in zip(batch, values, strict=True):
+        row[tuple(map(slice, value.shape))] = value
+    return batch
 
 
 def without_pictures(examples: Sequence[Example]) -> list[Example]:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from peft_read import TrimodalForFrameClassification
-from peft_read.lockstep.composite import TowerBatch
+from peft_read.lockstep import TowerBatch
 
 from .inputs import Collator, Example
 
@@ -57,7 +57,9 @@ def _in_time(model: TrimodalForFrameClassification, modality: str, output: Any, 
     """A tower's states of each sample, `(steps, tokens, width)`, those that are real; nothing of an absent tower."""
     if output is None or mask is None:
         return []
-    batch = TowerBatch.of(modality, getattr(model, f"{modality}_model"), *mask.shape, mask)
+    segments = mask.shape[1] if mask.ndim == 3 else 1
+    tower = getattr(model, f"{modality}_model")
+    batch = TowerBatch.of(modality, tower, len(mask), mask.shape[-1], mask, segments=segments)
     timed, untimed = batch.split(output.last_hidden_state)
     real = batch.masks(timed, untimed)[0 if timed is not None else 1]
     states = timed if timed is not None else untimed.mean(1)[:, None, None]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common.embedded import WORDS, digit_images
-from common.files import finished
+from common.files import finished, is_made
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,7 +35,7 @@ STEP = round(clips.FRAME_SECONDS * 100)  # steps of a spectrogram, a hundredth o
 
 def make_vision_tower(folder: Path, steps: int = 900) -> None:
     """Train a small ViT to tell single digits, in either half of a frame, and save it, unless it exists."""
-    if folder.exists():
+    if is_made(folder):
         return
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def make_vision_tower(folder: Path, steps: int = 900) -> None:
 
 def make_audio_tower(folder: Path, frames: int, steps: int = 100) -> None:
     """Train a small audio spectrogram transformer, with a token a frame, to tell sounds; save it unless it exists."""
-    if folder.exists():
+    if is_made(folder):
         return
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

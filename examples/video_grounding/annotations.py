@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,23 @@ class Annotation:
             return np.array(self.clip_labels, dtype=np.float32)
         start = np.arange(num_clips) * clip_seconds
         covered = np.zeros(num_clips)
-        for low, high in self.relevant_windows or ():
+        lows, highs = _merged(self.relevant_windows or [], num_clips * clip_seconds)
+        first, last = (np.minimum(times // clip_seconds, num_clips - 1).astype(int) for times in (lows, highs))
+        short = first == last  # within one clip
+        np.add.at(covered, first[short], (highs - lows)[short])
+        for low, high in zip(lows[~short], highs[~short], strict=True):  # no more than there are clips
             covered += np.clip(np.minimum(high, start + clip_seconds) - np.maximum(low, start), 0, None)
         return (covered >= clip_seconds / 2).astype(np.float32)
+
+
+def _merged(windows: list[list[float]], end: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where windows begin and end before `end`, in order; those that overlap are one: no second counts twice."""
+    lows, highs = np.array(windows, dtype=np.float64).reshape(-1, 2).T
+    order = np.argsort(lows, kind="stable")
+    order = order[lows[order] < end]
+    lows, highs = lows[order], np.maximum.accumulate(np.minimum(highs[order], end))
+    begins = np.flatnonzero(np.r_[True, lows[1:] > highs[:-1]][: len(lows)])
+    return lows[begins], np.maximum.reduceat(highs, begins) if len(begins) else highs
 
 
 def read_annotations(folder: Path) -> list[Annotation]:
@@ -100,8 +115,8 @@ def _annotation(entry: dict[str, Any], folder: Path, line: str) -> Annotation:
         raise ValueError(f"{line}: needs either 'relevant_windows' or 'clip_labels', and not both.")
     if windows is not None and not (isinstance(windows, list) and all(map(is_span, windows))):
         raise ValueError(
-            f"{line}: `relevant_windows` must be pairs of seconds [start, end], start < end: {windows!r}."
+            f"{line}: `relevant_windows` must be pairs of seconds [start, end], start < end: {reprlib.repr(windows)}."
         )
     if labels is not None and not (isinstance(labels, list) and all(label in (0, 1) for label in labels)):
-        raise ValueError(f"{line}: `clip_labels` must be a list of 0 and 1, got {labels!r}.")
+        raise ValueError(f"{line}: `clip_labels` must be a list of 0 and 1, got {reprlib.repr(labels)}.")
     return Annotation(folder / entry["video"], entry["query"], entry["split"], windows, labels, line)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.annotations import decode_clips
+from common.annotations import iterate_clips
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from .annotations import Annotation, Caption
 
 
 IGNORED = -100.0  # label of padding
+FRAMES_AT_ONCE = 64  # of a video in memory
 
 
 class FrameEncoder:
@@ -85,8 +87,14 @@ def make_pair_examples(
 def _features_of_videos(
     videos: Sequence[Path], encode: Callable[[np.ndarray], Tensor], clip_seconds: float
 ) -> dict[Path, Tensor]:
-    unique = dict.fromkeys(videos)
-    return {v: encode(decode_clips(v, clip_seconds)) for v in tqdm(unique, desc="decode videos", leave=False)}
+    features = {}
+    for video in tqdm(dict.fromkeys(videos), desc="decode videos", leave=False):
+        frames = iterate_clips(video, clip_seconds)
+        parts = []
+        while some := list(islice(frames, FRAMES_AT_ONCE)):
+            parts.append(encode(np.stack(some)))
+        features[video] = torch.cat(parts)
+    return features
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, query: str) -> dict[str, list[int]]:

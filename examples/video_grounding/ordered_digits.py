@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from common.annotations import ANNOTATIONS
 from common.embedded import WORDS, Digits, digit_images, text_encoder_path
-from common.files import finished
+from common.files import finished, is_made
 from common.training import train
 from sklearn.linear_model import Ridge
 from torch import nn
@@ -93,7 +93,7 @@ def make_dataset(folder: Path, plain: bool = False, training_videos: int = 100) 
 
     The queries ask for the second of a digit's events; plain ones, about the same videos, for all of them.
     """
-    if folder.exists():
+    if is_made(folder):
         return
     images = digit_images()
     lines = []
@@ -119,7 +119,7 @@ def make_dataset(folder: Path, plain: bool = False, training_videos: int = 100) 
 
 def make_pairs(folder: Path, videos: int = 400) -> None:
     """Write videos with a caption each and no labels, unless they exist: which digits they show, in any order."""
-    if folder.exists():
+    if is_made(folder):
         return
     images, rng = digit_images()["train"], np.random.default_rng(200)
     lines = []
@@ -159,7 +159,7 @@ def make_base(folder: Path) -> None:
 
     `untuned` is the text encoder as it comes, with a projection of the frames; `model` is tuned on plain queries.
     """
-    if folder.exists():
+    if is_made(folder):
         return
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

@@ -16,7 +16,8 @@ def find_blocks(tower: nn.Module) -> list[str]:
 
     A block is the smallest member of a list of modules that holds both parts of a transformer block: one that mixes
     tokens, and the feed-forward part. Blocks in several stages (Swin) count on through all stages. Where a tower has
-    several such lists, as an encoder and what it was pretrained with, the one with the most parameters counts.
+    several such lists, as an encoder and what it was pretrained with, the one with the most parameters counts. A tower
+    without such blocks may name modules that stand for them in an attribute `meeting_blocks`.
 
     Args:
         tower: a transformers encoder, or any module that contains one; it may hold adapters.
@@ -28,6 +29,9 @@ def find_blocks(tower: nn.Module) -> list[str]:
     Raises:
         ValueError: if there are no such blocks, as in convolutional towers.
     """
+    named: list[str] | None = getattr(tower, "meeting_blocks", None)
+    if named is not None:
+        return list(named)
     stacks: dict[str, list[str]] = {}
     for output in default_targets(tower):
         block = _block_around(tower, output)
@@ -37,7 +41,8 @@ def find_blocks(tower: nn.Module) -> list[str]:
         raise ValueError(
             f"No transformer blocks were found in a {type(tower).__name__}. Name them yourself, in the order in which "
             "they run, such as ['encoder.layers.0', 'encoder.layers.1']. Each has to take the hidden states "
-            "`(batch, tokens, dim)` as its first argument and to return them, alone or first in a tuple."
+            "`(batch, tokens, dim)` as its first argument and to return them, alone or first in a tuple, which a "
+            "convolutional tower's (ResNet, ConvNeXt) don't: give its features to a peft_read.FeatureTower."
         )
     largest = max(stacks.values(), key=lambda names: sum(_size(tower, name) for name in names))
     return _in_order_of_calls(list(dict.fromkeys(largest)), getattr(tower, "config", None))
@@ -57,12 +62,14 @@ def block_width(tower: nn.Module, name: str) -> int:
         ValueError: if the block has no norm with weights.
     """
     block = tower.get_submodule(name)
+    hidden_size: int | None = getattr(getattr(tower, "config", None), "hidden_size", None)
+    if name in (getattr(tower, "meeting_blocks", None) or ()) and hidden_size is not None:
+        return hidden_size
     norms = (module for module in block.modules() if "norm" in type(module).__name__.lower())
     weights = (getattr(norm, "weight", None) for norm in norms)
     sizes = Counter(weight.numel() for weight in weights if isinstance(weight, nn.Parameter))
     if not sizes:
         raise ValueError(f"The width of {name}, a {type(block).__name__}, can't be told: it has no norm with weights.")
-    hidden_size: int | None = getattr(getattr(tower, "config", None), "hidden_size", None)
     return hidden_size if hidden_size is not None and hidden_size in sizes else sizes.most_common(1)[0][0]
 
 

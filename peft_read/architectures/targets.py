@@ -151,6 +151,20 @@ def is_causal(owner: nn.Module) -> bool:
     return model_type in GENERATES or (model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both)
 
 
+def is_causal_language_model(owner: nn.Module) -> bool:
+    """Whether a model is a language model whose tokens see only earlier ones, which it may be asked to continue.
+
+    Text encoders that look back only, as CLIP's, don't count: nothing is written from their tokens.
+    """
+    if is_causal(owner):
+        return True
+    config = getattr(owner, "config", None)
+    model_type = getattr(config, "model_type", "")
+    if getattr(config, "is_encoder_decoder", False):  # its encoder
+        return False
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 def takes_text(owner: nn.Module | None) -> bool:
     """Whether text is among a model's inputs."""
     return "text" in getattr(owner, "input_modalities", "text")

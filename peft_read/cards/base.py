@@ -18,6 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import peft_read
 
+from ..trimodal.features import FeatureTower
+from ..trimodal.generation import TrimodalForConditionalGeneration
+from ..trimodal.heads import TrimodalForMultipleChoice
 from ..trimodal.modeling import TrimodalModel
 
 
@@ -80,17 +83,17 @@ def hub_id_of(name: str) -> str | None:
 
 def _of_towers(base: TrimodalModel) -> Base:
     """Of a composite that was made of towers and has no name of its own."""
-    towers = base.towers()
+    towers = base.pretrained_parts()
     ids = {modality: hub_id_of(_name(tower)) for modality, tower in towers.items()}
-    described = [
-        f"{_link(found) if found else f'a local `{type(towers[modality]).__name__}`'} for {modality}"
-        for modality, found in ids.items()
-    ]
-    arguments = [f'{modality}="{found or f"path/to/{modality}-tower"}"' for modality, found in ids.items()]
-    if hasattr(base, "classifier"):
+    described = [f"{_described(towers[modality], found)} for {modality}" for modality, found in ids.items()]
+    arguments = [f"{modality}={_source(modality, towers[modality], found)}" for modality, found in ids.items()]
+    if hasattr(base, "classifier") and not isinstance(base, TrimodalForMultipleChoice):
         arguments.append(f"num_labels={base.config.num_labels}")
-    if base.config.projection_dim != type(base.config).projection_dim:
-        arguments.append(f"projection_dim={base.config.projection_dim}")
+    arguments += [
+        f"{name}={value!r}"
+        for name in ("projection_dim", "pooling")
+        if (value := getattr(base.config, name)) != getattr(type(base.config), name)
+    ]
     owner, imports = _import_of(base)
     lines = "".join(f"    {argument},\n" for argument in arguments)
     return Base(
@@ -100,6 +103,23 @@ def _of_towers(base: TrimodalModel) -> Base:
         f"base_model = {owner}{type(base).__name__}.from_pretrained_towers(\n{lines})",
         _task(base),
     )
+
+
+def _described(tower: nn.Module, hub_id: str | None) -> str:
+    if isinstance(tower, FeatureTower):
+        return f"features of size {tower.config.feature_size}"
+    return _link(hub_id) if hub_id else f"a local `{type(tower).__name__}`"
+
+
+def _source(modality: str, tower: nn.Module, hub_id: str | None) -> str:
+    """What `from_pretrained_towers` is given for a tower, as code."""
+    if isinstance(tower, FeatureTower):
+        config = tower.config
+        options = f", num_hidden_layers={config.num_hidden_layers}" if config.num_hidden_layers != 1 else ""
+        if config.hidden_size != config.feature_size:
+            options += f", hidden_size={config.hidden_size}"
+        return f'peft_read.FeatureTower.of("{modality}", {config.feature_size}{options})'
+    return f'"{hub_id or f"path/to/{modality}-tower"}"'
 
 
 def _built(what: str) -> str:
@@ -127,6 +147,10 @@ def _import_of(base: PreTrainedModel) -> tuple[str, str]:
 def _task(base: PreTrainedModel) -> str | None:
     """The Hub's name of the task; for a trimodal model with a head, of that which the Hub knows and comes nearest."""
     if isinstance(base, TrimodalModel):
+        if isinstance(base, TrimodalForConditionalGeneration):
+            return "video-text-to-text" if base.vision_model is not None else "audio-text-to-text"
+        if isinstance(base, TrimodalForMultipleChoice):
+            return "multiple-choice"
         if not hasattr(base, "classifier"):
             return "feature-extraction"
         return "video-classification" if base.vision_model is not None else "audio-classification"

@@ -178,7 +178,8 @@ def _untrained_parts(model: PeftModel) -> list[str]:
     if not isinstance(base, TrimodalModel) or base.name_or_path:
         return []
     saved = {name for config in model.peft_config.values() for name in _modules_to_save(config)}
-    return [name for name in ("fusion", "classifier") if hasattr(base, name) and name not in saved]
+    parts = [*base.new_parts, *(part for tower in base.towers().values() for part in getattr(tower, "new_parts", ()))]
+    return [name for name in dict.fromkeys(parts) if name not in saved]
 
 
 def _adapters(model: PeftModel, configs: Mapping[str, PeftConfig], saved: Mapping[str, Saved | None]) -> str:

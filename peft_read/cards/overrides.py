@@ -12,15 +12,25 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
-from .page import Page
+from ..tuners.config import AdapterConfig
+from ..tuners.inner import inner_adapters, save_inner_adapters
+from .page import Page, UnreadableCardError
 from .training import facts_of_trainer
-from .writing import CARD, is_ours, keep_facts, remote_card, write_card, write_card_to_push
+from .writing import (
+    CARD,
+    is_ours,
+    keep_facts,
+    remote_card,
+    write_card,
+    write_card_if_readable,
+    write_card_to_push,
+)
 
 
 Call = Callable[..., Any]
@@ -73,13 +83,17 @@ def _override(owner: type, name: str, ours: Call) -> None:
 
 def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> None:
     """Save, and then write the card: there are files to tell of, and no fault in it keeps them from being saved."""
+    inner = inner_adapters(model)
+    for config in cast(dict[str, AdapterConfig], model.peft_config).values():
+        config.inner_adapters = inner
     setattr(model, SAVING, True)
     try:
         save()
     finally:
         delattr(model, SAVING)
     if given["is_main_process"]:
-        write_card(model, Path(given["save_directory"]))
+        save_inner_adapters(model, Path(given["save_directory"]), given["kwargs"].get("state_dict"))
+        write_card_if_readable(model, Path(given["save_directory"]))
 
 
 def _create_or_update_model_card(_: Call, model: PeftModel, given: dict[str, Any]) -> None:
@@ -90,11 +104,15 @@ def _create_or_update_model_card(_: Call, model: PeftModel, given: dict[str, Any
 def _upload_modified_files(upload: Call, model: PeftModel, given: dict[str, Any]) -> Any:
     """Upload a saved model, with our card in place of the one that transformers has just written over it."""
     folder, repo_id = Path(given["working_dir"]), given["repo_id"]
-    theirs = Page.read(folder / CARD)
+    try:
+        theirs = Page.read(folder / CARD, f"{CARD} of {repo_id} on the Hub")
+        remote = remote_card(repo_id, given["revision"], given["token"])
+    except UnreadableCardError as error:
+        (folder / CARD).unlink(missing_ok=True)  # so that the one on the Hub stays
+        warnings.warn(f"The adapter is pushed, its card isn't. {error}", stacklevel=2)
+        return upload()
     tags = theirs.parts.get("tags", []) if theirs else []  # those asked for with this push stand only there
-    write_card_to_push(
-        model, folder, repo_id, remote=remote_card(repo_id, given["revision"], given["token"]), tags=tags
-    )
+    write_card_to_push(model, folder, repo_id, remote=remote, tags=tags)
     return upload()
 
 

@@ -1,24 +1,33 @@
-"""A model card as its parts, so that what a person wrote into it can be told from what was generated."""
+"""A model card as its parts, so that what a person wrote into it can be told from what was generated.
+
+Whatever a file holds, it is read in a time that grows with its size alone, or refused with a sentence.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CardData
-from huggingface_hub.repocard import RepoCard
-from yaml import YAMLError
 
 
 OPENING = "#"  # the key of what stands before the first section
-RECORD = re.compile(r"\s*<!-- peft_read, to tell what you change: (\{.*?\}) -->\s*", re.DOTALL)
+RECORD, END = "<!-- peft_read, to tell what you change: ", " -->"
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 SYNCED = "*"  # the key of the whole page in the record
+LARGEST, LARGEST_METADATA, DEEPEST_METADATA = 2_000_000, 50_000, 50  # characters, and lists within lists
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C, where PyYAML was built with it
+UNREADABLE = (ValueError, OSError, RecursionError, yaml.YAMLError)
+
+
+class UnreadableCardError(ValueError):
+    """A card that can't be read, and so neither renewed nor written over."""
 
 
 @dataclass
@@ -43,9 +52,9 @@ class Page:
         Raises:
             ValueError: if its metadata can't be read.
         """
-        card = RepoCard(content)  # a ModelCard would lose what it doesn't know of in a `model-index`
-        parts = card.data.to_dict() | _sections(RECORD.sub("\n\n", card.text))
-        return cls(parts, _record(card.text), content.removesuffix(card.text))
+        header, text = _split(content.replace("\r\n", "\n"))
+        text, record = _without_record(text)
+        return cls(_metadata(header) | _sections(text), record, header)
 
     @classmethod
     def read(cls, path: Path, name: str | None = None) -> Page | None:
@@ -56,16 +65,22 @@ class Page:
             name: what to call it in an error; by default its path.
 
         Raises:
-            ValueError: if its metadata can't be read.
+            UnreadableCardError: if it is no file of its own, or can't be read.
         """
-        if not path.is_file():
-            return None
         try:
+            if name is None and path.is_symlink():
+                raise ValueError("it is a link to another file")
+            if not path.exists():
+                return None
+            if not path.is_file():
+                raise ValueError("it is no file")
+            if path.stat().st_size > LARGEST:
+                raise ValueError(f"it has more than {LARGEST:,} bytes")
             return cls.parse(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, YAMLError) as error:
-            raise ValueError(
-                f"The metadata at the top of {name or path} can't be read, so the card can't be renewed: {error}\n"
-                "Mend the lines between the two `---`, or take the card away."
+        except UNREADABLE as error:
+            raise UnreadableCardError(
+                f"The card {name or path} can't be read, so it isn't renewed: {str(error)[:300]}\n"
+                "Mend it (its metadata stand between two lines `---` at the top), or take it away."
             ) from error
 
     @property
@@ -81,7 +96,7 @@ class Page:
         ]
 
     def _mark(self, key: str) -> str | None:
-        return _fingerprint(self.parts[key]) if key in self.parts else None
+        return fingerprint(self.parts[key]) if key in self.parts else None
 
     def _edited(self, key: str) -> bool:
         """Whether a person changed a part, took it out, or wrote it."""
@@ -99,7 +114,7 @@ class Page:
         """
         parts, record = dict(self.parts), dict(self.record)
         for key in [key for key in parts if key.startswith("## ") and key not in new.parts]:
-            if record.pop(key, None) == _fingerprint(parts[key]):  # generated once, and no longer
+            if record.pop(key, None) == fingerprint(parts[key]):  # generated once, and no longer
                 del parts[key]
         before = OPENING
         for key, value in new.parts.items():
@@ -108,10 +123,10 @@ class Page:
             if key == "tags" and there and key not in record:
                 parts[key] = union(parts[key], value)
             if theirs or (there and key in unsure):
-                record.setdefault(key, _fingerprint(value))
+                record.setdefault(key, fingerprint(value))
             else:
                 parts = _placed(parts, key, value, before)
-                record[key] = _fingerprint(value)
+                record[key] = fingerprint(value)
             before = key if key.startswith("#") and key in parts else before
         return Page(parts, record, self.header)
 
@@ -120,17 +135,18 @@ class Page:
         return Page(self.parts, self.record | {SYNCED: self._whole()}, self.header)
 
     def _whole(self) -> str:
-        return _fingerprint({key: _fingerprint(value) for key, value in self.parts.items()})
+        return fingerprint({key: fingerprint(value) for key, value in self.parts.items()})
 
     def __str__(self) -> str:
         """The card's text."""
         fields = {key: value for key, value in self.parts.items() if not key.startswith("#")}
         sections = [value for key, value in self.parts.items() if key.startswith("#")]
         header = self.header
-        if not header or RepoCard(header).data.to_dict() != fields:
-            header = f"---\n{CardData(**fields).to_yaml()}\n---\n"
-        record = f"<!-- peft_read, to tell what you change: {json.dumps(self.record)} -->"
-        return header.rstrip() + "\n\n" + "\n\n".join([*sections, record]) + "\n"
+        if not header or _metadata(header) != fields:
+            data = CardData()
+            data.__dict__.update(fields)  # also one that is called as an argument of `CardData` is
+            header = f"---\n{data.to_yaml()}\n---\n"
+        return "\n\n".join([header.rstrip(), *sections, f"{RECORD}{json.dumps(self.record)}{END}"]) + "\n"
 
 
 def listed(value: Any) -> list[Any]:
@@ -143,30 +159,97 @@ def union(first: Any, second: Any) -> list[Any]:
     return list(dict.fromkeys([*listed(first), *listed(second)]))
 
 
-def _record(text: str) -> dict[str, str]:
-    found = RECORD.search(text)
-    try:
-        return dict(json.loads(found[1])) if found else {}
-    except ValueError:  # somebody's edit: then all that is there is theirs
-        return {}
+def fingerprint(value: Any) -> str:
+    """The same for what differs in nothing but the ends of lines and the order of fields."""
+    if isinstance(value, str):
+        value = "\n".join(line.rstrip() for line in value.strip().splitlines())
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _sections(text: str) -> dict[str, str]:
-    """What stands before the first heading of the second level, and from each such heading to the next."""
-    lines: dict[str, list[str]] = {OPENING: []}
-    key, fence = OPENING, ""
-    for line in text.replace("\r\n", "\n").split("\n"):
+def open_fence(text: str) -> str:
+    """The fence of a code block that isn't closed at the end of a text, empty if there is none."""
+    *_, (_, fence) = _lines(text)
+    return fence
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    """Each line, and the fence of the code block in which it leaves the text."""
+    fence = ""
+    for line in text.split("\n"):
         mark = FENCE.match(line)
         if mark and not fence:
             fence = mark[1]
         elif mark and mark[1].startswith(fence):
             fence = ""
-        elif line.startswith("## ") and not fence:
+        yield line, fence
+
+
+def _split(content: str) -> tuple[str, str]:
+    """The metadata, with the lines around them, and the text."""
+    stripped = content.lstrip()
+    if not stripped.startswith("---\n"):
+        return "", content
+    end = stripped.find("\n---\n", 3)
+    if end < 0 and stripped.endswith("\n---"):
+        end = len(stripped) - 4
+    return ("", content) if end < 0 else (stripped[: end + 5], stripped[end + 5 :])
+
+
+def _metadata(header: str) -> dict[str, Any]:
+    """The fields of a card's metadata."""
+    block = header.strip().removeprefix("---").removesuffix("---")
+    if len(block) > LARGEST_METADATA:
+        raise ValueError(f"its metadata have more than {LARGEST_METADATA:,} characters")
+    depth = 0
+    for event in yaml.parse(block, Loader=LOADER):
+        # A few lines of aliases of aliases stand for more than a memory holds.
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("its metadata refer to each other (`*name`), which isn't followed")
+        # PyYAML's time grows with the square of the depth.
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_METADATA:
+            raise ValueError(f"its metadata have lists within lists more than {DEEPEST_METADATA} deep")
+    fields = yaml.load(block, Loader=LOADER) or {}
+    if not isinstance(fields, dict) or not all(isinstance(key, str) and key for key in fields):
+        raise ValueError("its metadata aren't fields with names")
+    if any(key.startswith("#") for key in fields):
+        raise ValueError("its metadata have a field whose name begins with '#'")
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _without_record(text: str) -> tuple[str, dict[str, str]]:
+    """A text without the records in it, and what the last of them says."""
+    pieces, records, place, after = [], [], 0, 0
+    while (end := text.find(END, after)) >= 0:
+        start = text.rfind(RECORD, after, end)
+        after = end + len(END)
+        if start >= 0 and "\n" not in text[start:end]:
+            pieces.append(text[place:start].rstrip())
+            records.append(text[start + len(RECORD) : end])
+            place = after
+    pieces.append(text[place:])
+    try:
+        record = json.loads(records[-1]) if records else {}
+    except (ValueError, RecursionError):  # somebody's edit: then all that is there is theirs
+        record = {}
+    valid = isinstance(record, dict) and all(isinstance(value, str) for value in record.values())
+    return "\n\n".join(pieces), record if valid else {}
+
+
+def _sections(text: str) -> dict[str, str]:
+    """What stands before the first heading of the second level, and from each such heading to the next."""
+    lines: dict[str, list[str]] = {OPENING: []}
+    key, before, seen = OPENING, "", dict[str, int]()
+    for line, fence in _lines(text):
+        if line.startswith("## ") and not before:
             key = line.rstrip()
-            while key in lines:  # the second of one name
-                key += " "
-            lines[key] = []
+            seen[key] = seen.get(key, 0) + 1
+            if seen[key] > 1:  # another one of that name
+                key = f"{key} ({seen[key]})"
+            lines.setdefault(key, [])
         lines[key].append(line)
+        before = fence
     texts = {key: "\n".join(part).strip("\n") for key, part in lines.items()}
     return {key: part for key, part in texts.items() if part.strip()}
 
@@ -178,11 +261,3 @@ def _placed(parts: dict[str, Any], key: str, value: Any, before: str) -> dict[st
     items = list(parts.items())
     place = 0 if key == OPENING else list(parts).index(before) + 1
     return dict([*items[:place], (key, value), *items[place:]])
-
-
-def _fingerprint(value: Any) -> str:
-    """The same for what differs in nothing but the ends of lines and the order of fields."""
-    if isinstance(value, str):
-        value = "\n".join(line.rstrip() for line in value.strip().splitlines())
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

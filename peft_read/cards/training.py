@@ -59,7 +59,9 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
     """Those of the last evaluation."""
     logs = (log for log in reversed(trainer.state.log_history) if any(name.startswith("eval_") for name in log))
     last = {name.removeprefix("eval_"): value for name, value in next(logs, {}).items()}
-    return {name: value for name, value in last.items() if name not in NO_METRICS and isinstance(value, (int, float))}
+    numbers = {name: value for name, value in last.items() if isinstance(value, (int, float))}
+    # NumPy's floats are floats, too, but YAML doesn't know them.
+    return {name: v if isinstance(v, int) else float(v) for name, v in numbers.items() if name not in NO_METRICS}
 
 
 def _data(trainer: Trainer, names: list[str]) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundErr
 from peft import PeftModel, PeftType
 
 from .content import Facts, generate
-from .page import Page, union
+from .page import Page, UnreadableCardError, union
+from .telling import check_told
 
 
 CARD = "README.md"
@@ -48,7 +51,9 @@ def describe_adapter(
             `base_model`, `pipeline_tag`, or `model_name`, the title; by default the repository's or the folder's name.
 
     Raises:
-        TypeError: if the model's adapters aren't READ's or LSTTA's, or a result is no `EvalResult`.
+        TypeError: if the model's adapters aren't READ's or LSTTA's, a result is no `EvalResult`, or something else is
+            of a type that a card can't hold.
+        ValueError: if a text can't stand on a card: it isn't Unicode, leaves a code block open, or is the card's own.
 
     Example:
         >>> import peft_read, peft, tempfile, torch
@@ -65,9 +70,7 @@ def describe_adapter(
             f"describe_adapter is for a PeftModel with adapters of READ or LSTTA, got {type(model).__name__}. Give it "
             "what get_peft_model or PeftModel.from_pretrained returned."
         )
-    wrong = [type(each).__name__ for each in results or () if not isinstance(each, EvalResult)]
-    if wrong:
-        raise TypeError(f"`results` has to hold huggingface_hub.EvalResult objects, got {wrong[0]}.")
+    check_told(data, results, training, metadata)
     told = {"data": data, "results": results and list(results), "training": training and dict(training)}
     changes: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     before = getattr(model, TOLD, Facts())
@@ -79,8 +82,20 @@ def keep_facts(model: PeftModel, facts: Facts) -> None:
     setattr(model, KNOWN, facts)
 
 
+def write_card_if_readable(model: PeftModel, folder: Path) -> None:
+    """Write the card of an adapter that was just saved; if the one there can't be read, it stays, with a warning."""
+    try:
+        write_card(model, folder)
+    except UnreadableCardError as error:
+        warnings.warn(f"The adapter is saved, its card isn't. {error}", stacklevel=2)
+
+
 def write_card(model: PeftModel, folder: Path) -> None:
-    """Write the card of a saved adapter, or renew the one that is there."""
+    """Write the card of a saved adapter, or renew the one that is there.
+
+    Raises:
+        UnreadableCardError: if there is one that can't be read.
+    """
     path = folder / CARD
     old = Page.read(path)
     page = (old or Page()).renewed(*generate(model, folder, None, _facts_of(model)))
@@ -126,9 +141,13 @@ def write_card_to_push(
 
 def _write(page: Page, path: Path) -> None:
     """Write a card whole or not at all: a Trainer may be uploading the folder."""
-    draft = path.with_name(f"_{CARD}")  # which a Trainer doesn't upload
-    draft.write_text(str(page), encoding="utf-8")
-    draft.replace(path)
+    draft = path.with_name(f"_{CARD}.{uuid.uuid4().hex}")  # nobody else's, and a Trainer uploads no name with `_`
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(str(page))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _facts_of(model: PeftModel, tags: Sequence[str] = ()) -> Facts:

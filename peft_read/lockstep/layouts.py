@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,15 +22,18 @@ class Layout:
 
     Args:
         order: `"time_major"`: all tokens of a step, then those of the next; `"time_fastest"`: a token of each step,
-            then another of each; `"words"`: not in time, a token for each of the tower's inputs, as in text; `"none"`:
-            not in time, nor a token's place told.
+            then another of each; `"stacked"`: a square whose rows, `pieces` times as many as a step has tokens, are
+            pieces of the time axis on top of each other; `"words"`: not in time, a token for each of the tower's
+            inputs, as in text; `"none"`: not in time, nor a token's place told.
         prefix: tokens before those in time, such as a class token.
-        steps: time steps; None for one a token.
+        steps: time steps; None for one a token, or as many as the square has.
+        pieces: into how many the time axis of a stacked layout is cut.
     """
 
-    order: Literal["time_major", "time_fastest", "words", "none"]
+    order: Literal["time_major", "time_fastest", "stacked", "words", "none"]
     prefix: int = 0
     steps: int | None = None
+    pieces: int = 1
 
     def split(self, hidden: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
         """Sort tokens by time.
@@ -54,6 +58,12 @@ class Layout:
         if self.order in ("words", "none"):
             return None, tokens
         timed = tokens[:, self.prefix :]
+        if self.order == "stacked":
+            side = math.isqrt(timed.shape[1])
+            if side * side != timed.shape[1] or side % self.pieces:
+                raise ValueError(f"{self} doesn't fit hidden states {tuple(hidden.shape)} of {batch} samples.")
+            grid = timed.reshape(batch, self.pieces, side // self.pieces, side, dim)
+            return grid.transpose(2, 3).flatten(1, 2), None
         steps = timed.shape[1] if self.steps is None else self.steps
         if steps == 0 or timed.shape[1] % steps:
             raise ValueError(f"{self} doesn't fit hidden states {tuple(hidden.shape)} of {batch} samples.")
@@ -76,8 +86,11 @@ class Layout:
         """
         parts = [] if untimed is None else [untimed]
         if timed is not None:
-            in_order = timed.transpose(1, 2) if self.order == "time_fastest" else timed
-            parts.append(in_order.flatten(1, 2))
+            if self.order == "time_fastest":
+                timed = timed.transpose(1, 2)
+            elif self.order == "stacked":
+                timed = timed.unflatten(1, (self.pieces, -1)).transpose(2, 3).flatten(1, 2)
+            parts.append(timed.flatten(1, 2))
         tokens = torch.cat(parts, 1)
         return tokens.reshape(*shape[:-1], tokens.shape[-1])
 
@@ -94,8 +107,13 @@ LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
     "audio-spectrogram-transformer": lambda config, steps: Layout(
         "time_fastest", prefix=2, steps=(steps - config.patch_size) // config.time_stride + 1
     ),
-    # A long spectrogram is cut into pieces that are put on top of each other to make a square image.
-    "clap_audio_model": lambda config, steps: Layout("none"),
+    # A spectrogram is cut into pieces that are put on top of each other to make a square image.
+    "clap_audio_model": lambda config, steps: Layout("stacked", pieces=config.spec_size // config.num_mel_bins),
+}
+# By `model_type`: by how many input steps the tokens in time are apart, and how many each is made of, where the former
+# don't divide the input evenly.
+STRIDES: dict[str, Callable[[Any], tuple[int, int]]] = {
+    "audio-spectrogram-transformer": lambda config: (config.time_stride, config.patch_size),
 }
 # By `model_type`: vision towers that take videos, beside those whose main input is named so.
 TAKE_VIDEOS = ("timesformer", "videomae", "vivit")
@@ -160,6 +178,26 @@ def step_mask(tower: nn.Module, mask: Tensor, steps: int) -> Tensor:
         total = int(valid_steps(torch.tensor([mask.shape[1]]))[0])
         mask = torch.arange(total, device=mask.device) < valid_steps(mask.sum(1))[:, None]
     return _resample(mask, steps)
+
+
+def step_centers(tower: nn.Module, inputs: int, steps: int) -> tuple[Tensor, float]:
+    """Where the time steps of a tower's tokens lie on the axis of its input.
+
+    Args:
+        tower: the tower.
+        inputs: steps of its input, padding included.
+        steps: time steps of the tokens.
+
+    Returns:
+        `(steps,)`, the middle of each step in steps of the input, and by how many of these they are apart.
+    """
+    each = inputs / steps
+    known = STRIDES.get(_model_type(tower))
+    if known is not None:
+        stride, size = known(tower.config)
+        if (inputs - size) // stride + 1 == steps:
+            return torch.arange(steps) * stride + size / 2, float(stride)
+    return (torch.arange(steps) + 0.5) * each, each
 
 
 def token_mask(mask: Tensor, tokens: int) -> Tensor:

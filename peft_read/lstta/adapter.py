@@ -38,7 +38,8 @@ class LsttaAdapter(nn.Module):
         self.outward = nn.Linear(r, r)
         self.upward = nn.Linear(r, width)
         self.dropping = nn.Dropout(config.dropout)
-        self.judge = FrameFilter(r, config.num_heads) if judges_frames and config.frame_filter else None
+        filters = judges_frames and config.frame_filter
+        self.judge = FrameFilter(r, config.num_heads, config.filter_form) if filters else None
         if config.init_weights:
             nn.init.zeros_(self.upward.weight)
             nn.init.zeros_(self.upward.bias)

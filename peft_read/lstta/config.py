@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from peft import PeftConfig, PeftType
+from peft import PeftType
 
 from ..lockstep.composite import MODALITIES
-from ..tuners.checks import check_activation, check_bool, check_dropout, check_finite, check_positive_int
+from ..tuners.checks import MOST_NAMES, check_bool, check_positive_int, shown
+from ..tuners.config import AdapterConfig
 
 
 @dataclass
-class LsttaConfig(PeftConfig):
+class LsttaConfig(AdapterConfig):
     """Configuration of LSTTA, the long- and short-term trimodal adapter (Liu et al., ACM MM 2023, arXiv 2308.14274).
 
     Between the blocks of frozen towers for pictures, sound and text, which run in lockstep, sits at each level one
@@ -32,11 +33,17 @@ class LsttaConfig(PeftConfig):
             `"audio"` and `"text"`: for towers whose blocks aren't found. A block that runs several times is named as
             often. Saved with the names found.
         frame_filter: whether there is long-term semantic filtering.
+        filter_form: `"gate"`: each frame is let through more or less by itself; `"choice"`: frames are measured by the
+            most important one of their clip, which always counts fully.
         act_fn: activation after the down-projection, a key of transformers' `ACT2FN` without weights of its own.
         dropout: probability with which entries of an adapter's output are dropped in training.
         scaling: factor of an adapter's output.
         modules_to_save: modules that are trained and saved beside the adapters, such as a task head, and the `fusion`
             of a `TrimodalModel`, which starts at random.
+        trainable_token_indices: tokens whose embeddings are trained and saved beside the adapter: indices into the
+            input embeddings, or lists of indices by names of embeddings.
+        ensure_weight_tying: keep tied what is tied to the input embeddings, where `modules_to_save` or
+            `trainable_token_indices` train those.
         init_weights: start as the base model (default); False starts the up-projections at random too, which only
             tests need.
 
@@ -55,13 +62,9 @@ class LsttaConfig(PeftConfig):
         default=None, metadata={"help": "Names of the blocks of each tower, by 'vision', 'audio' and 'text'."}
     )
     frame_filter: bool = field(default=True, metadata={"help": "Whether there is long-term semantic filtering."})
-    act_fn: str = field(default="gelu", metadata={"help": "Activation after the down-projection, a key of ACT2FN."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout probability of an adapter's output."})
-    scaling: float = field(default=1.0, metadata={"help": "Factor of an adapter's output."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained and saved beside the adapters."}
+    filter_form: str = field(
+        default="gate", metadata={"help": "'gate': frames pass by themselves; 'choice': measured by each other."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "Start as the base model."})
 
     # PEFT asks every configuration; which modules are adapted follows from `layers` and `num_levels`.
     target_modules: ClassVar[None] = None
@@ -73,11 +76,9 @@ class LsttaConfig(PeftConfig):
             check_positive_int(name, getattr(self, name))
         if self.num_levels is not None:
             check_positive_int("num_levels", self.num_levels)
-        for name in ("frame_filter", "init_weights"):
-            check_bool(name, getattr(self, name))
-        check_activation("act_fn", self.act_fn)
-        check_dropout("dropout", self.dropout)
-        check_finite("scaling", self.scaling)
+        check_bool("frame_filter", self.frame_filter)
+        if self.filter_form not in ("gate", "choice"):
+            raise ValueError(f"`filter_form` must be 'gate' or 'choice', got {self.filter_form!r}.")
         if self.r % (2 * self.num_heads):
             raise ValueError(
                 f"`r` must be a multiple of 2 * num_heads = {2 * self.num_heads}, since every head has a sine and a "
@@ -86,14 +87,18 @@ class LsttaConfig(PeftConfig):
         self._check_layers()
 
     def _check_layers(self) -> None:
+        if not isinstance(self.layers or {}, dict):
+            raise ValueError(f"`layers` must be a dict of lists of blocks by tower, got {shown(self.layers)}.")
         for modality, names in (self.layers or {}).items():
             if modality not in MODALITIES:
-                raise ValueError(f"`layers` goes by {', '.join(map(repr, MODALITIES))}, got {modality!r}.")
-            if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"`layers` goes by {', '.join(map(repr, MODALITIES))}, got {shown(modality)}.")
+            if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) for n in names):
                 raise ValueError(
                     f"`layers[{modality!r}]` must be a list of names of blocks, in the order in which they run, such "
-                    f"as ['encoder.layers.0', 'encoder.layers.1'], got {names!r}."
+                    f"as ['encoder.layers.0', 'encoder.layers.1'], got {shown(names)}."
                 )
+            if len(names) > MOST_NAMES:
+                raise ValueError(f"`layers[{modality!r}]` must have at most {MOST_NAMES:,} names, got {len(names):,}.")
             if self.num_levels is not None and len(names) < self.num_levels:
                 raise ValueError(
                     f"`num_levels={self.num_levels}` is more than the {len(names)} blocks in `layers[{modality!r}]`."

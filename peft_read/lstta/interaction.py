@@ -20,6 +20,8 @@ from .windows import Windows
 
 # The score whose sigmoid is 0.9: at the start hardly any frame is suppressed.
 UNSUPPRESSED = math.log(0.9 / 0.1)
+# The least log importance that a gate gives: by itself nothing, beside others as faint a share that can be divided by.
+FAINTEST = -30.0
 # Periods over a clip of the slowest and of the fastest sinusoid that tells where in it a frame lies.
 PERIODS = (0.5, 32.0)
 # By how much heads that look by time prefer simultaneous tokens to others, in logits.
@@ -35,11 +37,14 @@ class Stream:
         untimed: `(batch, tokens, 3 * r)`, tokens that belong to the whole clip, such as text and class tokens; None if
             there are none.
         untimed_mask: `(batch, tokens)` bool, which of these others may attend to; all where None.
+        listens: whether the tower is told what the others find and tells them nothing, as a causal language model has
+            to: by way of the others, its later tokens would reach its earlier ones.
     """
 
     timed: Tensor | None
     untimed: Tensor | None
     untimed_mask: Tensor | None = None
+    listens: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,17 +97,22 @@ class FrameFilter(nn.Module):
 
     A frame's descriptor, the mean over its tokens' values, attends to those of all frames, then to the text and to
     what is heard at the time of each frame; frames and sound carry their position within the valid length. Two linear
-    layers make a score of it, whose sigmoid is the importance, 0.9 or so before training. The only part of LSTTA whose
-    cost grows with the square of the number of frames.
+    layers make a score of it. As a `"gate"`, a frame's importance is the sigmoid of its score, 0.9 or so before
+    training. As a `"choice"`, frames are measured by each other: a frame's importance is the exponential of its score
+    minus the highest score of its clip, so that a clip always has a frame that counts fully and pictures as such can't
+    be switched off; all frames count fully before training. This is the only part of LSTTA whose cost grows with the
+    square of the number of frames.
 
     Args:
         r: width of the bottleneck.
         num_heads: attention heads.
+        form: `"gate"` or `"choice"`.
     """
 
-    def __init__(self, r: int, num_heads: int) -> None:
+    def __init__(self, r: int, num_heads: int, form: str = "gate") -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.form = form
         # PEFT tells the modules of `modules_to_save` by their endings: these names end like no usual head.
         self.normalizer = nn.LayerNorm(r)
         self.projections = nn.Linear(r, 3 * r)
@@ -110,6 +120,8 @@ class FrameFilter(nn.Module):
         self.enlarger = nn.Linear(r, r)
         self.scorer = nn.Linear(r, 1)
         nn.init.constant_(self.scorer.bias, UNSUPPRESSED)
+        if form == "choice":
+            nn.init.zeros_(self.scorer.weight)
 
     def forward(self, streams: Mapping[str, Stream], windows: Windows) -> Tensor:
         """Log importance of the frames, `(batch, frames)`: at most 0, minus infinity for masked ones."""
@@ -120,10 +132,16 @@ class FrameFilter(nn.Module):
         x = layer_norm(descriptors, self.normalizer) + position
         queries, keys, values = linear(x, self.projections).chunk(3, dim=-1)
         x = x + attend(queries, [Keys(keys, values, _bias(steps.valid, x))], self.num_heads)
-        context = [keys for tower in streams if tower != "vision" for keys in _context(tower, streams, windows)]
+        others = [tower for tower, stream in streams.items() if tower != "vision" and not stream.listens]
+        context = [keys for tower in others for keys in _context(tower, streams, windows)]
         x = x + attend(linear(x, self.context_query), context, self.num_heads)
         score = linear(F.gelu(linear(x, self.enlarger)), self.scorer).squeeze(-1)
-        return F.logsigmoid(score).masked_fill(~steps.valid, -math.inf)
+        if self.form == "gate":
+            # Where gates close on all frames of a clip, shares of their sum must still have finite gradients.
+            return F.logsigmoid(score).clamp(min=FAINTEST).masked_fill(~steps.valid, -math.inf)
+        score = score.masked_fill(~steps.valid, -math.inf)
+        highest = score.amax(1, keepdim=True)
+        return score - highest.masked_fill(highest == -math.inf, 0.0)
 
 
 def interact(
@@ -186,7 +204,8 @@ def short_term_interaction(
     weights = windows.weights(importance)
     messages = {}
     for tower, stream in streams.items():
-        told = attend(tokens[tower][0], [keys for other, (_, keys) in tokens.items() if other != tower], num_heads)
+        heard = [keys for other, (_, keys) in tokens.items() if other != tower and not streams[other].listens]
+        told = attend(tokens[tower][0], heard, num_heads)
         told = told.unflatten(0, (-1, windows.count))
         timed = untimed = None
         if stream.untimed is not None:

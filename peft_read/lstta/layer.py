@@ -36,17 +36,10 @@ class LsttaLayer(AdapterLayer):
     )
 
     def __init__(self, base_layer: nn.Module, width: int, modality: str, module_name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features = self.out_features = width
+        super().__init__(base_layer, width, width, module_name)
         self.modality = modality
-        self.module_name = module_name
         self.levels: dict[str, dict[int, int]] = {}
         self.lstta_adapter = nn.ModuleDict()
-        self.cast_input_dtype_enabled = True
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, levels: dict[int, int], config: LsttaConfig) -> None:
         """Add an adapter, or replace the one of that name.
@@ -58,8 +51,7 @@ class LsttaLayer(AdapterLayer):
         """
         self.levels[adapter_name] = levels
         self.lstta_adapter[adapter_name] = LsttaAdapter(self.out_features, config, self.modality == "vision")
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.settle(adapter_name, config)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The block's output, adapted by the active adapters, or sample by sample by those named (`"__base__"`: none).
@@ -92,7 +84,7 @@ class LsttaLayer(AdapterLayer):
         projections = {
             name: adapter.project(self._cast_input_dtype(hidden, adapter.dtype)) for name, adapter in adapters.items()
         }
-        messages = meet(level, Offer(adapters, projections))
+        messages = meet(level, Offer(adapters, projections, adapter_names))
         adapted = hidden
         for name, adapter in adapters.items():
             change = adapter.change(messages[name].to(hidden.device))
@@ -114,12 +106,7 @@ class LsttaLayer(AdapterLayer):
 
     def _rows_of(self, name: str, adapter_names: list[str], hidden: Tensor) -> Tensor:
         """1 in the rows of the samples for which an adapter is named, else 0; a sample's frames follow each other."""
-        each, left = divmod(len(hidden), len(adapter_names))
-        if left or not each:
-            raise ValueError(
-                f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for {len(hidden)} "
-                f"rows at {self.module_name}."
-            )
+        each = self.rows_per_sample(adapter_names, len(hidden))
         rows = torch.tensor([n == name for n in adapter_names], device=hidden.device, dtype=hidden.dtype)
         return rows.repeat_interleave(each)[(...,) + (None,) * (hidden.ndim - 1)]
 

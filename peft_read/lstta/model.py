@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..architectures.blocks import block_width, blocks_of_levels, find_blocks
+from ..architectures.targets import is_causal_language_model
 from ..lockstep.composite import find_composite, towers_of
 from ..tuners.base import AdapterTuner
+from ..tuners.checks import check_width
 from .config import LsttaConfig
 from .exchange import LsttaExchange
 from .layer import LsttaLayer
@@ -68,18 +71,29 @@ class LsttaModel(AdapterTuner):
             )
         return tuple(exchange.importance[name])
 
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """PEFT's injection, after which the towers run in lockstep."""
-        super().inject_adapter(model, *args, **kwargs)
+    def _after_injection(self, model: nn.Module) -> None:
+        """Let the towers run in lockstep."""
         _, composite = find_composite(model)
         if composite.make_exchange is None:
             composite.make_exchange = LsttaExchange()
-        composite.make_exchange.stages = _stages_around_layers(composite)
+        exchange = composite.make_exchange
+        exchange.stages = _stages_around_layers(composite)
+        text = towers_of(composite).get("text")
+        exchange.listeners = {"text"} if text is not None and is_causal_language_model(text) else set()
+        if not exchange.runs:
+            exchange.watch(composite)
 
     def _prepare_adapter_config(self, peft_config: LsttaConfig, model_config: dict[str, Any]) -> LsttaConfig:
         """Write down which blocks there are, so that the saved configuration names them."""
         _, composite = find_composite(self.model)
         towers = towers_of(composite)
+        for modality, tower in towers.items():
+            if isinstance(tower, PeftModel):
+                raise ValueError(
+                    f"The {modality} tower is a PeftModel, whose arguments can't be told and which isn't saved with "
+                    f"LSTTA. Put its adapter into the tower itself: `inject_adapter_in_model(config, "
+                    f"model.{modality}_model)`."
+                )
         given = peft_config.layers or {}
         for modality in given:
             if modality not in towers:
@@ -102,56 +116,38 @@ class LsttaModel(AdapterTuner):
 
     def _prepare_model(self, peft_config: LsttaConfig, model: nn.Module) -> None:
         """Look at every block before the first one is wrapped."""
-        prefix, composite = find_composite(model)
+        _, composite = find_composite(model)
         towers = towers_of(composite)
+        _warn_of_layerdrop(towers)
+        names = {module: name for name, module in model.named_modules()}
         assert peft_config.layers is not None
         assert peft_config.num_levels is not None
         self._places: dict[str, _Place] = {}
-        for modality, names in peft_config.layers.items():
-            for level, index in enumerate(blocks_of_levels(len(names), peft_config.num_levels)):
-                block = names[index]
-                call = names[:index].count(block)  # of a block that runs several times
-                name = ".".join(part for part in (prefix, f"{modality}_model", block) if part)
+        for modality, blocks in peft_config.layers.items():
+            for level, index in enumerate(blocks_of_levels(len(blocks), peft_config.num_levels)):
+                block = blocks[index]
+                call = blocks[:index].count(block)  # of a block that runs several times
+                name = names[_block(towers[modality], modality, block)]
                 self._places.setdefault(name, _Place(modality, block, {})).levels[call] = level
         for name, place in self._places.items():
             module = model.get_submodule(name)
-            if self.prefix in name:
-                self._refuse_name(name)
-            if isinstance(module, LsttaLayer):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                raise ValueError(f"LSTTA can't wrap {name}, which is adapted by {type(module).__module__} already.")
-            block_width(towers[place.modality], place.block)
+            if self.prefix in place.block:  # another name of the same block
+                self._refuse_name(place.block)
+            self._check_place(name, module)
+            if not isinstance(module, LsttaLayer):
+                check_width(name, "r", peft_config.r, block_width(towers[place.modality], place.block))
         self._check_names_to_save(peft_config, model)
 
     def _check_target_module_exists(self, peft_config: LsttaConfig, key: str) -> bool:
         return key in self._places
 
-    def _create_and_replace(
-        self,
-        peft_config: LsttaConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        place = self._places[current_key]
-        if isinstance(target, LsttaLayer):
-            target.update_layer(adapter_name, place.levels, peft_config)
-            return
+    def _wrap(self, module: nn.Module, parent: nn.Module, config: LsttaConfig, name: str) -> LsttaLayer:
+        place = self._places[name]
         tower = towers_of(find_composite(self.model)[1])[place.modality]
-        layer = LsttaLayer(target, block_width(tower, place.block), place.modality, current_key)
-        layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, place.levels, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        return LsttaLayer(module, block_width(tower, place.block), place.modality, name)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own goes by the weight of a linear layer, which blocks don't have.
-        setattr(parent, child_name, new_module)
+    def _update(self, layer: LsttaLayer, adapter_name: str, config: LsttaConfig, name: str) -> None:
+        layer.update_layer(adapter_name, self._places[name].levels, config)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -163,8 +159,23 @@ class LsttaModel(AdapterTuner):
         model = super().unload()
         _, composite = find_composite(model)
         composite.make_exchange.restore_checkpointing()
+        composite.make_exchange.leave(composite)
         del composite.make_exchange
         return model
+
+
+def _warn_of_layerdrop(towers: dict[str, nn.Module]) -> None:
+    for modality, tower in towers.items():
+        places = [getattr(tower, "config", None), *tower.modules()]
+        dropping = {
+            n for place in places if place is not None for n, v in vars(place).items() if n.endswith("layerdrop") and v
+        }
+        if dropping:
+            warnings.warn(
+                f"The {modality} tower leaves out blocks at random in training ({', '.join(sorted(dropping))}), and "
+                "with them its meetings with the other towers. Set that to 0.",
+                stacklevel=2,
+            )
 
 
 def _stages_around_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .clock import Clock, Extent
+
 
 @dataclass(frozen=True)
 class WindowedSteps:
@@ -60,11 +62,14 @@ class Windows:
         window: frames in a window.
         count: windows of a clip.
         steps: the time steps by tower, of those that have a time axis.
+        outside: `(batch, windows)`, how many frames would last as long as the sound of a window that no frame is in;
+            0 for windows with frames. None where pictures and sound begin and end together.
     """
 
     window: int
     count: int
     steps: dict[str, WindowedSteps]
+    outside: Tensor | None = None
 
     def weights(self, importance: Tensor | None) -> Tensor | None:
         """How much each window counts for tokens that belong to all of them.
@@ -73,9 +78,9 @@ class Windows:
             importance: `(batch, frames)`, importance of the frames; all alike where None.
 
         Returns:
-            `(batch, windows)`, rows of sum 1: the importance of a window's frames; where a clip has no frames, the
-            number of its steps of sound; where it has neither, its first window is the whole clip. None if there is
-            but one window.
+            `(batch, windows)`, rows of sum 1: the importance of a window's frames, or the length of its sound in
+            frames where it has none; where a clip has no frames, the number of its steps of sound; where it has
+            neither, its first window is the whole clip. None if there is but one window.
         """
         if self.count == 1:
             return None
@@ -87,7 +92,10 @@ class Windows:
                 own = steps.filled
                 if tower == "vision" and importance is not None:
                     own = own * steps.split(importance)
-                weights = torch.where(steps.valid.any(1, keepdim=True), own.sum(-1), weights)
+                own = own.sum(-1)
+                if tower == "vision" and self.outside is not None:
+                    own = own + self.outside
+                weights = torch.where(steps.valid.any(1, keepdim=True), own, weights)
         return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
@@ -99,12 +107,16 @@ def plan_windows(
     window: int,
     num_audio_windows: int,
     device: torch.device,
+    times: Mapping[str, Tensor] | None = None,
 ) -> Windows:
     """Cut every clip into windows.
 
-    A window holds `window` frames, and the sound at the same relative time: lengths are the valid ones, from a clip's
-    first valid step to its last. A clip without frames, be they missing for all clips or masked out for this one, has
-    `num_audio_windows` equal windows of its sound.
+    A window holds `window` frames, and the sound that is heard while these are shown. Where `times` are known, that is
+    so in seconds: sound between two frames goes with the earlier one, and sound before the first frame or after the
+    last is in windows without frames, equal ones about as long as those with frames, at most `num_audio_windows` of
+    each. Else a clip's pictures and sound are taken to begin and to end together: sound goes by its place within the
+    valid length, from the first valid step to the last. A clip without frames, be they missing for all clips or masked
+    out for this one, has `num_audio_windows` equal windows of its sound.
 
     Args:
         steps: number of time steps of the towers `"vision"` and `"audio"`, as far as they have a time axis.
@@ -113,17 +125,21 @@ def plan_windows(
         window: frames in a window.
         num_audio_windows: windows of a clip without frames.
         device: where the indices are needed.
+        times: `(batch, steps, 2)` of both towers, from when to when each step is, in seconds on one clock; None where
+            it isn't known.
     """
-    # Without masks all clips are alike: one is planned, away from the device, which nothing has to wait for then.
-    rows, planning = (batch, device) if masks else (1, torch.device("cpu"))
+    # Without masks and times all clips are alike: one is planned, away from the device, which nothing has to wait for.
+    rows, planning = (batch, device) if masks or times else (1, torch.device("cpu"))
     extents = {
-        tower: _Extent.of(masks.get(tower, torch.ones(rows, count, dtype=torch.bool)).to(planning))
+        tower: Extent.of(masks.get(tower, torch.ones(rows, count, dtype=torch.bool)).to(planning))
         for tower, count in steps.items()
     }
     vision, audio = extents.get("vision"), extents.get("audio")
     frame_windows = 0 if vision is None else -(-steps["vision"] // window)
     bins = max(frame_windows, num_audio_windows if audio is not None else 0, 1)
+    positions = {tower: extent.position for tower, extent in extents.items()}
     placed: dict[str, tuple[Tensor, Tensor]] = {}
+    outside: Tensor | None = None
     if vision is not None:
         placed["vision"] = vision.offset // window, (vision.offset % window).float()
     if audio is not None:
@@ -132,44 +148,32 @@ def plan_windows(
         whole = 2 * audio.length.clamp(min=1)
         placed["audio"] = share // whole, (share % whole) / whole * window
         if vision is not None:
-            frame = (2 * audio.offset + 1) * vision.length // whole
             framed = vision.length > 0
-            by_frame = frame // window, (frame % window).float()
+            if times:
+                clock = Clock.of(times["vision"].to(planning), vision, times["audio"].to(planning), audio)
+                by_frame = clock.place(vision, window, frame_windows, num_audio_windows)
+                on_clock = clock.positions(vision.valid, audio.valid)
+                positions = {m: torch.where(framed, on_clock[m], position) for m, position in positions.items()}
+                bins = frame_windows + 2 * num_audio_windows
+                outside = clock.outside(by_frame[0], audio.valid, bins)
+            else:
+                frame = (2 * audio.offset + 1) * vision.length // whole
+                by_frame = frame // window, (frame % window).float()
             placed["audio"] = (
                 torch.where(framed, by_frame[0], placed["audio"][0]),
                 torch.where(framed, by_frame[1], placed["audio"][1]),
             )
     index = {tower: torch.where(extents[tower].valid, placed[tower][0], bins) for tower in placed}
     counts = {tower: _count(index[tower], bins + 1) for tower in placed}
-    # The one point at which the device is waited for, and only where there are masks.
+    # The one point at which the device is waited for, and only where there are masks or times.
     most = torch.stack([each[:, :bins].amax(0) for each in counts.values()]).tolist() if counts else []
     used = max((w + 1 for each in most for w, number in enumerate(each) if number), default=1)
     planned = {}
     for tower, per_window in zip(placed, most, strict=True):
         grouped = _group(index[tower], counts[tower], used, max(1, *per_window))
-        extent = extents[tower]
-        planned[tower] = WindowedSteps(extent.valid, extent.position, placed[tower][1], *grouped)
-    return Windows(window, used, {tower: _spread(each, batch, device) for tower, each in planned.items()})
-
-
-@dataclass(frozen=True)
-class _Extent:
-    """The valid part of each clip, from the first valid step to the last; steps between may be masked."""
-
-    valid: Tensor  # (rows, steps)
-    offset: Tensor  # (rows, steps), steps since the first valid one
-    length: Tensor  # (rows, 1)
-
-    @classmethod
-    def of(cls, valid: Tensor) -> _Extent:
-        index = torch.arange(valid.shape[1], device=valid.device)
-        first = torch.where(valid, index, valid.shape[1]).amin(1, keepdim=True)
-        last = torch.where(valid, index, -1).amax(1, keepdim=True)
-        return cls(valid, (index - first).clamp(min=0), (last - first + 1).clamp(min=0))
-
-    @property
-    def position(self) -> Tensor:
-        return (self.offset + 0.5) / self.length.clamp(min=1)
+        planned[tower] = WindowedSteps(extents[tower].valid, positions[tower], placed[tower][1], *grouped)
+    planned = {tower: _spread(each, batch, device) for tower, each in planned.items()}
+    return Windows(window, used, planned, None if outside is None else outside[:, :used].to(device))
 
 
 def _count(index: Tensor, bins: int) -> Tensor:

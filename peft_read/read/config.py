@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from peft import PeftConfig, PeftType
+from peft import PeftType
 
-from ..tuners.checks import check_activation, check_bool, check_choice, check_dropout, check_finite, check_positive_int
+from ..tuners.checks import (
+    check_bool,
+    check_choice,
+    check_indices,
+    check_names,
+    check_pattern,
+    check_positive_int,
+    shown,
+)
+from ..tuners.config import AdapterConfig
 
 
 Cell = Literal["rnn", "gru", "lstm", "none"]
@@ -15,7 +24,7 @@ RecurOver = Literal["sequence", "frames"]
 
 
 @dataclass
-class ReadConfig(PeftConfig):
+class ReadConfig(AdapterConfig):
     """Configuration of READ, the recurrent adapter (Nguyen et al., AAAI 2024, arXiv 2312.06950).
 
     Next to each targeted module, whose output is y, sits `y + scaling * dropout(up(act(cell(down(y)))))`: a bottleneck
@@ -45,6 +54,10 @@ class ReadConfig(PeftConfig):
         layers_pattern: name of the list of blocks to which `layers_to_transform` refers, if it is an unusual one.
         rank_pattern: widths that differ from `r`, by module name or regular expression.
         modules_to_save: modules, such as a task head, that are trained and saved beside the adapter.
+        trainable_token_indices: tokens whose embeddings are trained and saved beside the adapter, such as new tokens
+            for videos: indices into the input embeddings, or lists of indices by names of embeddings.
+        ensure_weight_tying: keep tied what is tied to the input embeddings, where `modules_to_save` or
+            `trainable_token_indices` train those.
         init_weights: start as the base model (default); False starts `up` at random too, which only tests need.
 
     Raises:
@@ -54,9 +67,6 @@ class ReadConfig(PeftConfig):
     r: int = field(default=16, metadata={"help": "Width of the bottleneck and of the recurrent state."})
     cell: str = field(default="rnn", metadata={"help": "The recurrence: 'rnn', 'gru', 'lstm' or 'none'."})
     bidirectional: bool = field(default=False, metadata={"help": "Run over time both ways (encoders only)."})
-    act_fn: str = field(default="gelu", metadata={"help": "Activation before the up-projection, a key of ACT2FN."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's output."})
-    scaling: float = field(default=1.0, metadata={"help": "Factor of the adapter's output."})
     recur_over: str = field(default="sequence", metadata={"help": "What time is: 'sequence' or 'frames'."})
     num_frames: int | None = field(default=None, metadata={"help": "Frames per video, if recur_over='frames'."})
     target_modules: list[str] | str | None = field(
@@ -74,20 +84,17 @@ class ReadConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Widths that differ from `r`, by module name or regular expression."}
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained and saved beside the adapter."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "Start as the base model."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["READ"]
+        self._check_values()
+        self._check_places()
+        self._check_contradictions()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT keeps it
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._check_values()
-        self._check_contradictions()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; names in a fixed order, so that the same configuration is saved as the same file."""
@@ -95,15 +102,28 @@ class ReadConfig(PeftConfig):
 
     def _check_values(self) -> None:
         check_positive_int("r", self.r)
-        for pattern, rank in (self.rank_pattern or {}).items():
-            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
         check_choice("cell", self.cell, get_args(Cell))
         check_choice("recur_over", self.recur_over, get_args(RecurOver))
         check_bool("bidirectional", self.bidirectional)
-        check_bool("init_weights", self.init_weights)
-        check_activation("act_fn", self.act_fn)
-        check_dropout("dropout", self.dropout)
-        check_finite("scaling", self.scaling)
+
+    def _check_places(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and (value or name == "target_modules"):
+                check_pattern(name, value)
+            elif value or (value is not None and name == "target_modules"):
+                check_names(name, value)
+        if self.layers_to_transform is not None:
+            check_indices("layers_to_transform", self.layers_to_transform)
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []:
+            check_pattern("layers_pattern", pattern)
+        if not isinstance(self.rank_pattern or {}, dict):
+            raise ValueError(
+                f"`rank_pattern` must be a dict of widths by module name, got {shown(self.rank_pattern)}."
+            )
+        for pattern, rank in (self.rank_pattern or {}).items():
+            check_pattern("rank_pattern", pattern)
+            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
 
     def _check_contradictions(self) -> None:
         if self.cell == "none" and (self.bidirectional or self.recur_over != "sequence"):

@@ -80,12 +80,8 @@ class ReadLayer(AdapterLayer):
         part: str | None = None,
         around: Sequence[ForwardContext] = (),
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features: int = getattr(base_layer, "in_features", out_features)
-        self.out_features = out_features
+        super().__init__(base_layer, getattr(base_layer, "in_features", out_features), out_features, module_name)
         self.context = context
-        self.module_name = module_name
         self.part = part
         self.around = tuple(around)
         self.r: dict[str, int] = {}
@@ -96,10 +92,6 @@ class ReadLayer(AdapterLayer):
         self.read_downward = nn.ModuleDict()
         self.read_recurrence = nn.ModuleDict()
         self.read_upward = nn.ModuleDict()
-        self.cast_input_dtype_enabled = True
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, r: int, config: ReadConfig) -> None:
         """Add an adapter of width `r`, or replace the one of that name."""
@@ -118,8 +110,7 @@ class ReadLayer(AdapterLayer):
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
         self.read_upward[adapter_name] = up
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.settle(adapter_name, config)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, beams: int = 1, **kwargs: Any) -> Any:
         """The base's output, adapted by the active adapters, or sample by sample by those named (`"__base__"`: none).
@@ -164,18 +155,12 @@ class ReadLayer(AdapterLayer):
     def _adapt_rows(self, x: Tensor, tokens: _Tokens, adapter_names: list[str], beams: int) -> Tensor:
         """Each row with the adapter named for it; the rows of one sample, its beams or frames, follow each other."""
         frames = {self.num_frames[name] or 1 for name in adapter_names if name in self.num_frames}
-        allowed = {1, beams} | frames
-        rows_per_name = x.shape[0] // max(len(adapter_names), 1)
-        if rows_per_name not in allowed or rows_per_name * len(adapter_names) != x.shape[0]:
-            raise ValueError(
-                f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for "
-                f"{x.shape[0]} rows at {self.module_name}."
-            )
+        each = self.rows_per_sample(adapter_names, x.shape[0], {1, beams} | frames)
         adapted = x.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.read_downward:
                 chosen = torch.tensor([n == name for n in adapter_names], device=x.device)
-                rows = chosen.repeat_interleave(rows_per_name).nonzero()[:, 0]
+                rows = chosen.repeat_interleave(each).nonzero()[:, 0]
                 adapted[rows] = x[rows] + self._delta(name, x[rows], tokens.of_rows(rows))
         return adapted
 

@@ -15,6 +15,7 @@ from ..architectures.exceptions import NO_TIME_AXIS, TIME_FIRST
 from ..architectures.targets import attention_beside, block_index, default_targets, is_causal, owner_of
 from ..forward.context import ForwardContext
 from ..tuners.base import AdapterTuner
+from ..tuners.checks import check_width, shown
 from .config import ReadConfig
 from .layer import ReadLayer, ReadLinear, ReadLinearOfTorch
 
@@ -75,8 +76,23 @@ class ReadModel(AdapterTuner):
             )
         return chosen
 
+    def _check_blocks(self, config: ReadConfig) -> None:
+        """Refuse indices of blocks that aren't there."""
+        wanted = config.layers_to_transform
+        if wanted is None:
+            return
+        found = (block_index(f"{name}.", config.layers_pattern) for name, _ in self.model.named_modules())
+        there = {index for index in found if index is not None}
+        gone = sorted(set([wanted] if isinstance(wanted, int) else wanted) - there)
+        if gone:
+            raise ValueError(
+                f"`layers_to_transform` names the blocks {shown(gone)}, which aren't there; the blocks found have the "
+                f"indices {shown(sorted(there))}."
+            )
+
     def _prepare_model(self, peft_config: ReadConfig, model: nn.Module) -> None:
         """Look at every target before the first one is wrapped."""
+        self._check_blocks(peft_config)
         config = cast(ReadConfig, _maybe_include_all_linear_layers(peft_config, model))
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
@@ -85,17 +101,16 @@ class ReadModel(AdapterTuner):
         self._check_names_to_save(config, model)
 
     def _check_target(self, name: str, module: nn.Module, config: ReadConfig) -> None:
-        if self.prefix in name:
-            self._refuse_name(name)
+        self._check_place(name, module)
         if isinstance(module, ReadLayer):
             module = module.get_base_layer()
-        elif isinstance(module, BaseTunerLayer):
-            raise ValueError(f"READ can't wrap {name}, which is adapted by {type(module).__module__} already.")
-        if self._width(name, module) is None:
+        width = self._width(name, module)
+        if width is None:
             raise ValueError(
                 f"READ can't adapt {name}, a {type(module).__name__}: it needs a module whose output ends in the "
                 "feature dimension, such as the last linear layer of a feed-forward block."
             )
+        check_width(name, *self._rank(name, config), width)
         parent = self.model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
@@ -140,36 +155,26 @@ class ReadModel(AdapterTuner):
             width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
         return width
 
-    def _create_and_replace(
-        self,
-        peft_config: ReadConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        ranks = peft_config.rank_pattern or {}
-        r = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
-        if isinstance(target, ReadLayer):
-            target.update_layer(adapter_name, r, peft_config)
-            return
-        self._check_target(current_key, target, peft_config)  # `state_dict` may name modules that the config doesn't
-        width = self._width(current_key, target)
+    def _rank(self, name: str, config: ReadConfig) -> tuple[str, int]:
+        """Which field says how wide the bottleneck at a module is, and how wide."""
+        ranks = config.rank_pattern or {}
+        pattern = get_pattern_key(list(ranks), name)
+        return (f"rank_pattern[{pattern!r}]", ranks[pattern]) if pattern in ranks else ("r", config.r)
+
+    def _wrap(self, module: nn.Module, parent: nn.Module, config: ReadConfig, name: str) -> ReadLayer:
+        self._check_target(name, module, config)  # `state_dict` may name modules that the config doesn't
+        width = self._width(name, module)
         assert width is not None
-        layer_cls = ReadLinear if isinstance(target, (nn.Linear, Conv1D)) else ReadLayer
+        layer_cls = ReadLinear if isinstance(module, (nn.Linear, Conv1D)) else ReadLayer
         if isinstance(parent, nn.TransformerEncoderLayer):
             layer_cls = ReadLinearOfTorch
-        owner = owner_of(self.model, current_key)
+        owner = owner_of(self.model, name)
         context = ForwardContext.attach(owner, causal=is_causal(owner))
-        around = self._contexts_around(current_key) if peft_config.recur_over == "frames" else ()
-        layer = layer_cls(target, width, context, current_key, context.watch(owner, target), around)
-        layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, r, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        around = self._contexts_around(name) if config.recur_over == "frames" else ()
+        return layer_cls(module, width, context, name, context.watch(owner, module), around)
+
+    def _update(self, layer: ReadLayer, adapter_name: str, config: ReadConfig, name: str) -> None:
+        layer.update_layer(adapter_name, self._rank(name, config)[1], config)
 
     def _contexts_around(self, name: str) -> list[ForwardContext]:
         """Of the transformers models around a module, the adapted model included."""

@@ -10,6 +10,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..lockstep.composite import MODALITIES
 
 
+POOLINGS = ("mean", "importance")
+
+
 @strict
 class TrimodalConfig(PreTrainedConfig):
     """Configuration of a [`TrimodalModel`]; usually made by `TrimodalModel.from_pretrained_towers`.
@@ -20,8 +23,16 @@ class TrimodalConfig(PreTrainedConfig):
         audio_config: the same for the audio tower.
         text_config: the same for the text tower.
         projection_dim: size of the fused vector.
+        pooling: how the frames of a clip become one vector: `"mean"`, all alike; `"importance"`, by how much each
+            counts in the long-term semantic filtering of the last level of LSTTA, which learns from it what matters.
+            Without LSTTA, or without its filter, both are the same.
+        modality_dropout: probability with which a sample loses a modality in training, each by itself and never all,
+            so that one checkpoint serves all combinations.
         initializer_range: standard deviation of the initial weights of what joins the towers.
         num_labels, problem_type, ...: as in every configuration of transformers, for the models with heads.
+
+    Raises:
+        ValueError: if a tower's configuration doesn't say its model type, or an option isn't one of those.
     """
 
     model_type = "trimodal"
@@ -34,6 +45,8 @@ class TrimodalConfig(PreTrainedConfig):
     audio_config: PreTrainedConfig | dict[str, Any] | None = None
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     projection_dim: int = 512
+    pooling: str = "mean"
+    modality_dropout: float = 0.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -43,6 +56,10 @@ class TrimodalConfig(PreTrainedConfig):
                 if "model_type" not in value:
                     raise ValueError(f"`{name}` has to say its `model_type`, got only {sorted(value)}.")
                 setattr(self, name, AutoConfig.for_model(**value))
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"`pooling` must be one of {', '.join(map(repr, POOLINGS))}, got {self.pooling!r}.")
+        if not 0 <= self.modality_dropout < 1:
+            raise ValueError(f"`modality_dropout` must be at least 0 and below 1, got {self.modality_dropout}.")
         super().__post_init__(**kwargs)
 
     def tower_configs(self) -> dict[str, PreTrainedConfig]:

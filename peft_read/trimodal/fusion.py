@@ -8,20 +8,27 @@ import torch
 from torch import Tensor, nn
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
     """Mean over time of what is real; what isn't may hold anything, even NaN.
 
     Args:
         values: `(batch, time, dim)`.
         mask: `(batch, time)`, bool, true where real; None where all is.
+        weights: `(batch, time)`, at least 0, how much each counts; all alike where None. Only their ratios matter.
 
     Returns:
         `(batch, dim)`; zeros for a sample in which nothing is real.
     """
-    if mask is None:
+    if mask is None and weights is None:
         return values.mean(1)
-    values = values.masked_fill(~mask[..., None], 0.0)
-    return values.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    if weights is None:
+        assert mask is not None
+        values = values.masked_fill(~mask[..., None], 0.0)
+        return values.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    if mask is not None:
+        values, weights = values.masked_fill(~mask[..., None], 0.0), weights.masked_fill(~mask, 0.0)
+    shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return (values * shares[..., None].to(values.dtype)).sum(1)
 
 
 class ModalityFusion(nn.Module):

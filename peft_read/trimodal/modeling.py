@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from ..architectures.blocks import find_blocks
-from ..lockstep.composite import MODALITIES, Exchange, LockstepBatch, TowerBatch, run_towers
+from ..lockstep.batch import LockstepBatch
+from ..lockstep.composite import MODALITIES, Exchange, run_towers
 from .configuration import TrimodalConfig
 from .fusion import ModalityFusion, masked_mean
-from .towers import build_tower, load_tower, sound_steps, tokens_of, tower_inputs, tower_width, without_layerdrop
+from .inputs import TrimodalInputs, drop_modalities
+from .loading import build_tower, load_tower, note_class
+from .towers import tokens_of, tower_inputs, tower_width, without_layerdrop
 
 
 @dataclass
@@ -28,7 +31,7 @@ class TrimodalOutput(ModelOutput):
 
     Args:
         loss: of the models with heads, if there were labels.
-        logits: of the models with heads; `(batch, labels)`, or `(batch, frames, labels)`.
+        logits: of the models with heads; see there.
         pooler_output: `(batch, projection_dim)`, the fused vector.
         vision_model_output: the vision tower's own output object; rows of image towers are frames, `batch * frames`.
         audio_model_output: the audio tower's.
@@ -51,11 +54,19 @@ class TrimodalOutput(ModelOutput):
         )
 
 
+class Encoded(NamedTuple):
+    """By modality, what the towers gave, and the batch that ran through them."""
+
+    outputs: dict[str, Any]
+    batch: LockstepBatch
+
+
 class TrimodalModel(PreTrainedModel):
     """Two or three pretrained encoders, of pictures, sound and text, and one vector of what they found.
 
     The towers are `vision_model`, `audio_model` and `text_model`, None where there is none. Each tower is mean-pooled
-    over its valid tokens; the means, normalised and projected, are averaged over the modalities that a sample has.
+    over its valid tokens, unless `config.pooling` weighs frames by their importance; the means, normalised and
+    projected, are averaged over the modalities that a sample has.
 
     Args:
         config: configuration of all; its tower configurations say how to build the towers that aren't given.
@@ -64,9 +75,15 @@ class TrimodalModel(PreTrainedModel):
         text_model: the same for text.
 
     Raises:
-        ValueError: if there is only one tower.
+        ValueError: if there is only one tower, or one that can't be.
     """
 
+    # Modalities that a sample keeps when others are dropped in training.
+    needed: ClassVar[tuple[str, ...]] = ()
+    # Modalities whose towers run in lockstep; others run by themselves, without adapters.
+    meeting: ClassVar[tuple[str, ...]] = MODALITIES
+    # Parts that start from random weights, by their names.
+    new_parts: ClassVar[tuple[str, ...]] = ("fusion",)
     config_class = TrimodalConfig
     config: TrimodalConfig
     base_model_prefix = "trimodal"
@@ -92,26 +109,42 @@ class TrimodalModel(PreTrainedModel):
         given = dict(zip(MODALITIES, (vision_model, audio_model, text_model), strict=True))
         for modality, tower in given.items():
             if tower is None and (tower_config := getattr(config, f"{modality}_config")) is not None:
-                tower = build_tower(tower_config)
+                tower = self._build(modality, tower_config)
             elif tower is not None:
                 _keep_weights(tower)
             if tower is not None:
-                without_layerdrop(modality, tower)
-                tower.config.architectures = [type(tower).__name__]
+                note_class(tower)
                 setattr(config, f"{modality}_config", tower.config)
-            setattr(self, f"{modality}_model", tower)
+            self._put(modality, tower)
         towers = self.towers()
         if len(towers) < 2:
             raise ValueError(
                 f"A {type(self).__name__} joins at least two towers, got {list(towers) or 'none'}: give two or three "
                 "of `vision`, `audio` and `text`."
             )
-        self.fusion = ModalityFusion({m: tower_width(tower) for m, tower in towers.items()}, config.projection_dim)
-        self._add_head()
+        for modality, tower in towers.items():
+            without_layerdrop(modality, tower)
+        self._add_parts()
         self.post_init()
 
-    def _add_head(self) -> None:
-        """Where a subclass makes its head, before weights are initialised."""
+    def _add_parts(self) -> None:
+        """Make what joins the towers, and in a subclass its head, before weights are initialised."""
+        widths = {m: tower_width(tower) for m, tower in self.towers().items()}
+        self.fusion = ModalityFusion(widths, self.config.projection_dim)
+
+    def _put(self, modality: str, tower: PreTrainedModel | None) -> None:
+        """Make a model the tower for a modality."""
+        setattr(self, f"{modality}_model", tower)
+
+    @classmethod
+    def _build(cls, modality: str, config: PreTrainedConfig) -> PreTrainedModel:
+        """A tower with random weights."""
+        return build_tower(config)
+
+    @classmethod
+    def _load(cls, modality: str, source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """A pretrained tower."""
+        return load_tower(modality, source, **kwargs)
 
     @classmethod
     def from_pretrained_towers(
@@ -126,8 +159,9 @@ class TrimodalModel(PreTrainedModel):
     ) -> Self:
         """Join pretrained encoders, any two or all three; what joins them, and a head, starts from random weights.
 
-        Of a dual encoder (CLIP, SigLIP, CLAP) the side for the modality is taken, of an encoder-decoder (Whisper, T5)
-        the encoder. A model that is given is used, not copied.
+        Of a composite (CLIP, SigLIP, CLAP, LLaVA, BLIP, Qwen2-Audio) the side for the modality is taken, of an
+        encoder-decoder (Whisper, T5) the encoder. All weights of a tower are the checkpoint's, or there is an error.
+        A model that is given is used, not copied.
 
         Args:
             vision: id of a model on the Hub, path of a folder, or a model; None for none.
@@ -135,35 +169,59 @@ class TrimodalModel(PreTrainedModel):
             text: the same for text.
             dtype: to load towers in, as in `from_pretrained`; what is new has that of the first tower.
             attn_implementation: to load towers with, as in `from_pretrained`.
-            config_kwargs: fields of [`TrimodalConfig`], such as `num_labels`.
+            config_kwargs: fields of [`TrimodalConfig`], such as `num_labels` or `pooling`.
 
         Raises:
-            ValueError: if there is only one tower.
+            ValueError: if there is only one tower, a model has no side for the modality, or weights are missing.
         """
         kwargs = {"dtype": dtype, "attn_implementation": attn_implementation}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         sources = dict(zip(MODALITIES, (vision, audio, text), strict=True))
-        towers = {m: load_tower(m, source, **kwargs) for m, source in sources.items() if source is not None}
+        towers = {m: cls._load(m, source, **kwargs) for m, source in sources.items() if source is not None}
         model = cls(TrimodalConfig(**config_kwargs), **{f"{m}_model": tower for m, tower in towers.items()})
         first = next(iter(towers.values()))
-        for name, module in model.named_children():
-            if not name.endswith("_model"):
-                module.to(dtype=first.dtype, device=first.device)
+        for name in cls.new_parts:
+            model.get_submodule(name).to(dtype=first.dtype, device=first.device)
         model.config.dtype = first.dtype
         return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` saved, as in `PreTrainedModel`; only a head may be new.
+
+        Raises:
+            ValueError: if the checkpoint lacks weights of a tower.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
+        missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] not in cls.new_parts)
+        if missing:
+            raise ValueError(
+                f"{model.name_or_path} lacks {len(missing)} weights of the towers ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}), which would be random. It was saved from another kind of "
+                f"model than {cls.__name__}, or incompletely."
+            )
+        return (model, report) if output_loading_info else model
 
     def towers(self) -> dict[str, PreTrainedModel]:
         """By modality, the towers that there are."""
         return {m: tower for m in MODALITIES if (tower := getattr(self, f"{m}_model")) is not None}
+
+    def pretrained_parts(self) -> dict[str, PreTrainedModel]:
+        """By modality, what `from_pretrained_towers` was given, or the tower of it."""
+        return self.towers()
 
     @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
         frame_mask: Tensor | None = None,
+        frame_times: Tensor | None = None,
+        frame_features: Tensor | None = None,
         input_values: Tensor | None = None,
         input_features: Tensor | None = None,
         audio_mask: Tensor | None = None,
+        audio_times: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -175,11 +233,18 @@ class TrimodalModel(PreTrainedModel):
         Args:
             pixel_values: `(batch, frames, channels, height, width)`.
             frame_mask: `(batch, frames)`, 1 where a frame is real; all are by default.
+            frame_times: `(batch, frames, 2)`, from when to when each frame is shown, in seconds, rising. Given
+                together with `audio_times`, pictures and sound meet at the same second; without both, they are taken
+                to begin and to end together.
+            frame_features: `(batch, frames, dim)`, in place of `pixel_values`, for a [`FeatureTower`].
             input_values: sound as the audio tower takes it, if under this name: a waveform `(batch, samples)`, or a
-                spectrogram `(batch, time, bins)`.
+                spectrogram `(batch, time, bins)`. Sound in segments, which follow each other in time and which the
+                tower hears one by one, has them after the batch: `(batch, segments, ...)`.
             input_features: sound as the audio tower takes it, if under this name.
-            audio_mask: `(batch, steps)`, 1 where sound is real; steps are samples, or frames of the spectrogram. All
-                0 for a sample without sound.
+            audio_mask: `(batch, steps)` or `(batch, segments, steps)`, 1 where sound is real; steps are samples, or
+                frames of the spectrogram. All 0 for a sample without sound.
+            audio_times: `(batch, 2)` or `(batch, segments, 2)`, in seconds: when the first step begins, and how long a
+                step lasts.
             input_ids: `(batch, words)`.
             attention_mask: `(batch, words)`, 1 where a token is real.
             inputs_embeds: `(batch, words, dim)`, in place of `input_ids`.
@@ -189,105 +254,83 @@ class TrimodalModel(PreTrainedModel):
         Raises:
             ValueError: if inputs don't fit each other or the towers, or there are none.
         """
-        batch = self._batch(
-            {"pixel_values": pixel_values},
-            {"input_values": input_values, "input_features": input_features},
-            {"input_ids": input_ids, "inputs_embeds": inputs_embeds},
-            {"vision": frame_mask, "audio": audio_mask, "text": attention_mask},
+        inputs = TrimodalInputs(
+            pixel_values=pixel_values,
+            frame_mask=frame_mask,
+            frame_times=frame_times,
+            frame_features=frame_features,
+            input_values=input_values,
+            input_features=input_features,
+            audio_mask=audio_mask,
+            audio_times=audio_times,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
         )
-        return self._encode(batch, output_hidden_states, output_attentions)[0]
-
-    def _batch(
-        self,
-        vision: dict[str, Tensor | None],
-        audio: dict[str, Tensor | None],
-        text: dict[str, Tensor | None],
-        masks: dict[str, Tensor | None],
-    ) -> tuple[dict[str, Tensor], LockstepBatch]:
-        """By modality, the inputs that there are, and their description, checked."""
-        inputs = {}
-        for modality, names in zip(MODALITIES, (vision, audio, text), strict=True):
-            given = {name: value for name, value in names.items() if value is not None}
-            tower = self.towers().get(modality)
-            if not given:
-                if masks[modality] is not None:
-                    raise ValueError(f"There is a mask for the {modality} tower, but no input.")
-                continue
-            if tower is None:
-                raise ValueError(f"This model has no {modality} tower, but was given {list(given)}.")
-            if len(given) > 1:
-                raise ValueError(f"Give either of {list(given)}, not both.")
-            ((name, value),) = given.items()
-            if modality == "audio" and name != tower.main_input_name:
-                raise ValueError(f"A {type(tower).__name__} takes `{tower.main_input_name}`, not `{name}`.")
-            if modality == "vision" and value.ndim != 5:
-                raise ValueError(
-                    f"`pixel_values` must be (batch, frames, channels, height, width), got shape {tuple(value.shape)}."
-                )
-            inputs[modality] = value
-        sizes = {modality: len(value) for modality, value in inputs.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"Give pictures, sound or text, of the same number of samples; got {sizes or 'nothing'}.")
-        batch = LockstepBatch(next(iter(sizes.values())), {})
-        for modality, value in inputs.items():
-            tower = self.towers()[modality]
-            steps = sound_steps(tower, value) if modality == "audio" else value.shape[1]
-            batch.towers[modality] = TowerBatch.of(modality, tower, batch.size, steps, masks[modality])
-        return inputs, batch
+        encoded = self._encode(inputs, output_hidden_states, output_attentions)
+        return self._output(encoded, pooler_output=self._fuse(encoded))
 
     def _encode(
-        self,
-        described: tuple[dict[str, Tensor], LockstepBatch],
-        output_hidden_states: bool | None,
-        output_attentions: bool | None,
-        frames: bool = False,
-    ) -> tuple[TrimodalOutput, Tensor]:
-        """What a [`TrimodalModel`] gives, and the vectors for a head: those of frames, or the fused one again."""
-        inputs, batch = described
+        self, inputs: TrimodalInputs, output_hidden_states: bool | None = None, output_attentions: bool | None = None
+    ) -> Encoded:
+        """Run the towers."""
+        values, batch = inputs.described(self.towers())
+        if self.training and self.config.modality_dropout:
+            drop_modalities(batch, self.config.modality_dropout, self.needed)
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         options = {name: value for name, value in asked.items() if value}
         calls = {}
-        for modality, value in inputs.items():
-            tower = self.towers()[modality]
-            arguments = tower_inputs(tower, value, batch.towers[modality].mask)
-            calls[modality] = partial(tower, **arguments, **options, return_dict=True)
-        outputs = run_towers(self, calls, batch)
-        vectors, present = self._pool(outputs, batch)
-        fused = self.fusion(vectors, present)
-        output = TrimodalOutput(pooler_output=fused, **{f"{m}_model_output": out for m, out in outputs.items()})
-        if not frames:
-            return output, fused
-        vectors = {m: vector[:, None] for m, vector in vectors.items()}
-        present = {m: None if there is None else there[:, None] for m, there in present.items()}
-        vectors["vision"], present["vision"] = self._frames(outputs["vision"], batch, inputs["vision"].shape[1])
-        return output, self.fusion(vectors, present)
+        for modality, value in values.items():
+            tower, mask = self.towers()[modality], batch.towers[modality].mask
+            if mask is not None and mask.ndim == 3:
+                mask = mask.flatten(0, 1)
+            calls[modality] = partial(tower, **tower_inputs(tower, value, mask), **options, return_dict=True)
+        return Encoded(run_towers(self, calls, batch), batch)
 
-    def _pool(
-        self, outputs: dict[str, Any], batch: LockstepBatch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    def _output(self, encoded: Encoded, **values: Any) -> TrimodalOutput:
+        """The model's output, with those of the towers."""
+        return TrimodalOutput(**values, **{f"{m}_model_output": out for m, out in encoded.outputs.items()})
+
+    def _fuse(self, encoded: Encoded) -> Tensor:
+        """The fused vector, `(batch, projection_dim)`."""
+        vectors, present = self._pool(encoded)
+        fused: Tensor = self.fusion(vectors, present)
+        return fused
+
+    def _fuse_frames(self, encoded: Encoded, frames: int) -> Tensor:
+        """A fused vector for each frame in the place of the pictures', `(batch, frames, projection_dim)`."""
+        pooled, there = self._pool(encoded)
+        vectors = {m: vector[:, None] for m, vector in pooled.items()}
+        present = {m: None if each is None else each[:, None] for m, each in there.items()}
+        steps, _ = self._over_time("vision", encoded)
+        place = torch.arange(frames, device=steps.device) * steps.shape[1] // frames
+        # Each frame has the vector of the time step that it is in.
+        vectors["vision"], present["vision"] = steps[:, place], encoded.batch.towers["vision"].mask
+        fused: Tensor = self.fusion(vectors, present)
+        return fused
+
+    def _pool(self, encoded: Encoded) -> tuple[dict[str, Tensor], Mapping[str, Tensor | None]]:
         """By modality, the mean `(batch, dim)` of what is real in a tower's output, and whether anything is."""
         vectors, present = {}, {}
-        for modality, output in outputs.items():
-            values, mask = self._over_time(modality, output, batch)
-            vectors[modality] = masked_mean(values, mask)
+        for modality in encoded.outputs:
+            values, mask = self._over_time(modality, encoded)
+            by_importance = self.config.pooling == "importance"
+            weights = encoded.batch.importance.get(modality) if by_importance else None
+            if weights is not None and weights.shape != values.shape[:2]:
+                weights = None  # a tower that joins steps after its last block
+            vectors[modality] = masked_mean(values, mask, weights)
             present[modality] = None if mask is None else mask.any(1)
         return vectors, present
 
-    def _over_time(self, modality: str, output: Any, batch: LockstepBatch) -> tuple[Tensor, Tensor | None]:
+    def _over_time(self, modality: str, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
         """`(batch, time, dim)` of a tower's output, and `(batch, time)`, where it is real; text has its words."""
-        part = batch.towers[modality]
-        timed, untimed = part.split(tokens_of(output, tower_width(self.towers()[modality])))
+        part = encoded.batch.towers[modality]
+        timed, untimed = part.split(tokens_of(self.towers()[modality], encoded.outputs[modality]))
         timed_mask, untimed_mask = part.masks(timed, untimed)
         if timed is not None:
             return timed.mean(2), timed_mask
         assert untimed is not None
         return untimed, untimed_mask
-
-    def _frames(self, output: Any, batch: LockstepBatch, frames: int) -> tuple[Tensor, Tensor | None]:
-        """`(batch, frames, dim)`, each frame with the vector of the time step that it is in, and which are real."""
-        steps, _ = self._over_time("vision", output, batch)
-        place = torch.arange(frames, device=steps.device) * steps.shape[1] // frames
-        return steps[:, place], batch.towers["vision"].mask
 
     def get_input_embeddings(self) -> nn.Module:
         """The text tower's."""

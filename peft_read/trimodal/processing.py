@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoFeatureExtractor,
@@ -26,33 +26,40 @@ from transformers import (
 from transformers.utils import PROCESSOR_NAME
 from transformers.utils.hub import PushToHubMixin
 
-from . import media
 from .configuration import TrimodalConfig
+from .media import Frames, Sound, is_source
+from .media import Path as AnyPath
+from .pictures import frames_of
+from .sounds import features_of, segment_length, sound_of
 
 
+T = TypeVar("T")
 LOADERS: dict[str, Any] = {
     "image": AutoImageProcessor,
     "video": AutoVideoProcessor,
     "audio": AutoFeatureExtractor,
     "text": AutoTokenizer,
 }
-# Spectrograms of extractors that don't say what they do: Kaldi's windows, in seconds.
-WINDOW, HOP = 0.025, 0.010
+OPTIONS = ("num_frames", "frame_padding", "segment_seconds")
 
 
 class TrimodalProcessor(PushToHubMixin):
     """Makes a batch for a [`TrimodalModel`] out of media, with the processors that its towers were pretrained with.
 
     A sample may have no video, no sound or no text: None in the list. It is masked out then, and what all samples lack
-    isn't in the batch.
+    isn't in the batch. Pictures and sound are on one clock, that of their file, so that the model lets those meet that
+    happen at the same second.
 
     Args:
         vision: an image processor, with or without torchvision, or a video processor; None for none.
         audio: a feature extractor; None for none.
         text: a tokenizer; None for none.
-        num_frames: frames to take of a video, evenly over its length; all if it has fewer.
+        num_frames: frames to take of a video, evenly over its time; all if it has no more.
         frame_padding: `"longest"`: fill up to the batch's longest video; `"max_length"`: to `num_frames`, as video
             towers need that take a fixed number.
+        segment_seconds: sound is cut into segments of this length, which the audio tower hears one by one; by default
+            as long as it hears at once (10.24 s for an AST, 30 s for Whisper, 10 s for CLAP), and 30 s for towers that
+            could hear for longer.
 
     Raises:
         ValueError: if there are fewer than two processors, or an option isn't one of those.
@@ -65,18 +72,21 @@ class TrimodalProcessor(PushToHubMixin):
         text: Any = None,
         num_frames: int = 8,
         frame_padding: Literal["longest", "max_length"] = "longest",
+        segment_seconds: float | None = None,
     ) -> None:
         if sum(part is not None for part in (vision, audio, text)) < 2:
             raise ValueError("A TrimodalProcessor needs at least two of `vision`, `audio` and `text`.")
-        if num_frames < 1:
-            raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
+        _check_num_frames(num_frames)
         if frame_padding not in ("longest", "max_length"):
             raise ValueError(f"`frame_padding` must be 'longest' or 'max_length', got {frame_padding!r}.")
+        if audio is not None:
+            segment_length(audio, segment_seconds)
         self.vision = vision
         self.audio = audio
         self.text = text
         self.num_frames = num_frames
         self.frame_padding = frame_padding
+        self.segment_seconds = segment_seconds
 
     @classmethod
     def from_pretrained_towers(
@@ -88,7 +98,7 @@ class TrimodalProcessor(PushToHubMixin):
             vision: id of a model on the Hub, or path of a folder; its image processor, or else its video processor.
             audio: the same for sound.
             text: the same for text.
-            options: `num_frames` and `frame_padding`.
+            options: `num_frames`, `frame_padding` and `segment_seconds`.
         """
         parts: dict[str, Any] = {}
         if vision is not None:
@@ -106,9 +116,9 @@ class TrimodalProcessor(PushToHubMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of what a batch may hold."""
-        names = ["pixel_values", "frame_mask"] if self.vision is not None else []
+        names = ["pixel_values", "frame_mask", "frame_times"] if self.vision is not None else []
         if self.audio is not None:
-            names += [self.audio.model_input_names[0], "audio_mask"]
+            names += [self.audio.model_input_names[0], "audio_mask", "audio_times"]
         return names + (["input_ids", "attention_mask"] if self.text is not None else [])
 
     def __call__(
@@ -116,152 +126,164 @@ class TrimodalProcessor(PushToHubMixin):
         videos: Sequence[Any] | None = None,
         audio: Sequence[Any] | Literal["videos"] | None = None,
         text: Sequence[str | None] | None = None,
-        sampling_rate: int | None = None,
+        sampling_rate: int | Sequence[int | None] | None = None,
+        fps: float | Sequence[float | None] | None = None,
+        num_frames: int | None = None,
+        return_tensors: str = "pt",
         **text_options: Any,
     ) -> BatchFeature:
         """Make a batch.
 
         Args:
-            videos: of each sample a path; frames `(frames, height, width, 3)` or, as a tensor,
-                `(frames, 3, height, width)`, of integers up to 255; or a list of images.
-            audio: of each sample a path, or a waveform `(samples,)`; or `"videos"`, the sound tracks of the videos,
-                which have to be paths then.
+            videos: of each sample a path, an URL, an open file, bytes, or a dict with `path` or `bytes`; frames as an
+                array or tensor `(frames, height, width, channels)` or `(frames, channels, height, width)`, of integers
+                up to 255 or floats in [0, 1] or [0, 255]; a list of images or of their paths; a decoder of torchcodec.
+            audio: of each sample a file as above; a waveform `(samples,)`, `(channels, samples)` or `(samples,
+                channels)`, of floats in [-1, 1] or integers of 8 to 32 bits, alone, in a pair with its rate, or in a
+                dict as `array` with its `sampling_rate`; a decoder of torchcodec. Or `"videos"`, the sound tracks of
+                the videos, which have to be files then.
             text: of each sample a string.
-            sampling_rate: samples a second of waveforms.
+            sampling_rate: samples a second of waveforms that come without, of all or of each.
+            fps: frames a second of frames that come without times, of all or of each. Where it isn't known, frames are
+                taken to lie evenly over their sample's sound.
+            num_frames: in place of the processor's own.
+            return_tensors: `"pt"`, or `"np"` for NumPy.
             text_options: passed to the tokenizer, such as `max_length`; by default it truncates, and pads to the
                 longest.
 
         Returns:
-            `pixel_values (batch, frames, channels, height, width)` and `frame_mask (batch, frames)`; `input_values` or
-            `input_features` and `audio_mask`; `input_ids` and `attention_mask (batch, words)`. Masks are 1 where real.
+            `pixel_values (batch, frames, channels, height, width)`, `frame_mask (batch, frames)` and `frame_times
+            (batch, frames, 2)`, from when to when each frame counts; `input_values` or `input_features`, `audio_mask
+            (batch, steps)` and `audio_times (batch, 2)`, when the first step begins and how long a step lasts, all
+            three with an axis of segments after the batch if a sound is longer than a segment; `input_ids` and
+            `attention_mask (batch, words)`. Masks are 1 where real, times are in seconds.
 
         Raises:
             ImportError: if there are files to read, and PyAV isn't installed.
-            ValueError: if lists have different lengths, there is no processor for something, or a waveform comes
-                without its sampling rate.
+            FileNotFoundError: if there is no such file.
+            TypeError: if an option isn't known, or something is no video, sound or text.
+            ValueError: if lists have different lengths, there is no processor for something, or a sample can't be
+                read; the message says which.
         """
+        if str(getattr(return_tensors, "value", return_tensors)) not in ("pt", "np"):
+            raise ValueError(f"`return_tensors` must be 'pt' or 'np', got {return_tensors!r}.")
+        self._check_options(text_options)
+        if num_frames is not None:
+            _check_num_frames(num_frames)
         if isinstance(audio, str):
             if audio != "videos":
                 raise ValueError(f"`audio` must be a list, or 'videos' for the videos' own sound, got {audio!r}.")
-            if videos is None or not all(video is None or _is_path(video) for video in videos):
-                raise ValueError("`audio='videos'` needs `videos` that are paths: other videos have no sound.")
+            if videos is None or not all(map(_may_have_sound, videos)):
+                raise ValueError(
+                    "`audio='videos'` needs `videos` that are paths, bytes or open files: other videos have no sound."
+                )
             audio = videos
-        given = {"vision": videos, "audio": audio, "text": text}
+        size = self._check_samples({"vision": videos, "audio": audio, "text": text})
+        rates, speeds = _each(sampling_rate, size, "sampling_rate"), _each(fps, size, "fps")
+        batch: dict[str, Tensor] = {}
+        sounds: list[Sound | None] = [None] * size
+        if audio is not None:
+            wanted = self.audio.sampling_rate
+            sounds = _of_samples("audio", audio, lambda row, each: sound_of(each, rates[row], wanted))
+        if videos is not None:
+            count = self.num_frames if num_frames is None else num_frames
+            frames = _of_samples("videos", videos, lambda row, each: frames_of(each, count, speeds[row]))
+            if any(each is not None for each in frames):
+                batch |= self._pictures(frames, sounds, count)
+        if any(sound is not None for sound in sounds):
+            batch |= features_of(self.audio, sounds, segment_length(self.audio, self.segment_seconds))
+        if text is not None and any(words is not None for words in text):
+            batch |= self._words(text, text_options)
+        if return_tensors == "np":
+            return BatchFeature({name: value.numpy() for name, value in batch.items()})
+        return BatchFeature(batch)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse what nobody would look at."""
+        if "images" in options:
+            raise TypeError("Give pictures as `videos`, a list of images for each sample: there is no `images`.")
+        known = inspect.signature(self.text.__call__).parameters if self.text is not None else {}
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"`{name}` is no option of a TrimodalProcessor"
+                    + (f", nor of its {type(self.text).__name__}." if self.text is not None else ".")
+                )
+
+    def _check_samples(self, given: dict[str, Sequence[Any] | None]) -> int:
+        """The number of samples."""
         lengths = {}
         for name, samples in given.items():
             if samples is None:
                 continue
-            if isinstance(samples, str | os.PathLike):
+            if isinstance(samples, bytes) or is_source(samples):
                 raise ValueError(f"Give a list, with an item for each sample, for {name}, not {samples!r} alone.")
             if getattr(self, name) is None:
                 raise ValueError(f"This processor has no part for {name}: make it with `{name}=...`.")
             lengths[name] = len(samples)
         if len(set(lengths.values())) != 1:
             raise ValueError(f"Give videos, audio or text, of the same number of samples; got {lengths or 'nothing'}.")
-        batch: dict[str, Tensor] = {}
-        if videos is not None and any(video is not None for video in videos):
-            batch |= self._pictures([self._frames(video) for video in videos])
-        if audio is not None:
-            sounds = [self._sound(sound, sampling_rate) for sound in audio]
-            batch |= self._sounds(sounds) if any(sound is not None for sound in sounds) else {}
-        if text is not None and any(words is not None for words in text):
-            batch |= self._words(text, text_options)
-        return BatchFeature(batch)
+        return next(iter(lengths.values()))
 
-    def _frames(self, video: Any) -> list[Any] | None:
-        """A video's sampled frames, as images `(height, width, 3)`."""
-        if video is None:
-            return None
-        if _is_path(video):
-            return list(media.read_frames(video, self.num_frames))
-        if isinstance(video, Tensor):
-            video = video.movedim(-3, -1).cpu().numpy()
-        frames = [video[place] for place in media.even_places(len(video), self.num_frames)]
-        if not frames:
-            raise ValueError("A video has no frames; give None for a sample without video.")
-        return frames
-
-    def _pictures(self, videos: list[list[Any] | None]) -> dict[str, Tensor]:
-        """Processed frames, filled up with zeros."""
-        processed = [None if frames is None else self._processed(frames) for frames in videos]
+    def _pictures(
+        self, videos: Sequence[Frames | None], sounds: Sequence[Sound | None], count: int
+    ) -> dict[str, Tensor]:
+        """Processed frames, filled up with zeros, and when they are shown."""
+        processed = [None if video is None else self._processed(video.images) for video in videos]
         longest = max(len(frames) for frames in processed if frames is not None)
-        steps = self.num_frames if self.frame_padding == "max_length" else longest
+        steps = count if self.frame_padding == "max_length" else longest
         shape = next(frames.shape[1:] for frames in processed if frames is not None)
         pixels = torch.zeros(len(videos), steps, *shape)
         mask = torch.zeros(len(videos), steps, dtype=torch.long)
-        for row, frames in enumerate(processed):
-            if frames is not None:
+        times = torch.zeros(len(videos), steps, 2)
+        for row, (video, frames) in enumerate(zip(videos, processed, strict=True)):
+            if video is not None and frames is not None:
                 pixels[row, : len(frames)] = frames
                 mask[row, : len(frames)] = 1
-        return {"pixel_values": pixels, "frame_mask": mask}
+                times[row, : len(frames)] = torch.from_numpy(self._times(video, sounds[row])).float()
+        return {"pixel_values": pixels, "frame_mask": mask, "frame_times": times}
 
-    def _processed(self, frames: list[Any]) -> Tensor:
+    def _times(self, video: Frames, sound: Sound | None) -> NDArray[np.float64]:
+        """From when to when each frame counts; where that isn't known, evenly over the sound, else a second each."""
+        if video.times is not None:
+            return video.times
+        count = len(video.images)
+        begin, length = 0.0, float(count)
+        if sound is not None:
+            begin, length = sound.start, len(sound.samples) / self.audio.sampling_rate
+        borders = begin + length * np.arange(count + 1) / count
+        return np.stack([borders[:-1], borders[1:]], -1)
+
+    def _processed(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """`(frames, channels, height, width)`."""
-        if self._takes_videos():
-            arrays = np.stack([np.asarray(frame) for frame in frames])
-            options = {"do_sample_frames": False} if self._is_video_processor() else {}
-            video = torch.from_numpy(arrays).movedim(-1, -3) if options else list(arrays)
-            output = self.vision([video], return_tensors="pt", **options)
+        if self._is_video_processor():
+            video = torch.from_numpy(np.stack(images)).movedim(-1, -3)
+            output = self.vision([video], return_tensors="pt", do_sample_frames=False)
             return next(iter(output.values()))[0]
+        frames = [Image.fromarray(image) for image in images]  # which tells height, width and channels apart
+        if "videos" in inspect.signature(self.vision.preprocess).parameters:
+            return next(iter(self.vision([frames], return_tensors="pt").values()))[0]
         pixels: Tensor = self.vision(frames, return_tensors="pt")["pixel_values"]
         return pixels
-
-    def _takes_videos(self) -> bool:
-        return "videos" in inspect.signature(self.vision.preprocess).parameters
 
     def _is_video_processor(self) -> bool:
         return hasattr(self.vision, "do_sample_frames")
 
-    def _sound(self, sound: Any, rate: int | None) -> NDArray[np.float32] | None:
-        """A waveform at the extractor's rate."""
-        if sound is None:
-            return None
-        wanted = self.audio.sampling_rate
-        if _is_path(sound):
-            return media.read_sound(sound, wanted)
-        if rate is None:
-            raise ValueError("Give the `sampling_rate` of the waveforms in `audio`.")
-        samples = np.asarray(sound)
-        if samples.ndim != 1:
-            raise ValueError(f"A waveform must be (samples,), of one channel, got shape {samples.shape}.")
-        return media.resample(samples, rate, wanted)
-
-    def _sounds(self, sounds: list[NDArray[np.float32] | None]) -> dict[str, Tensor]:
-        """Features of all sounds, filled up by the extractor, and which of them are real."""
-        rate = self.audio.sampling_rate
-        silence = np.zeros(rate // 10, np.float32)
-        filled = [silence if sound is None else sound for sound in sounds]
-        known = inspect.signature(self.audio.__call__).parameters
-        asked = {"return_attention_mask": True} if "return_attention_mask" in known else {}
-        if "padding" in known and known["padding"].default is False:
-            asked["padding"] = True
-        output = self.audio(filled, sampling_rate=rate, return_tensors="pt", **asked)
-        name = self.audio.model_input_names[0]
-        features: Tensor = output[name]
-        mask = output.get("attention_mask")
-        if mask is None:
-            mask = self._mask_by_length(features, [len(sound) for sound in filled])
-        there = torch.tensor([sound is not None for sound in sounds])
-        return {name: features, "audio_mask": (mask.bool() & there[:, None]).long()}
-
-    def _mask_by_length(self, features: Tensor, samples: list[int]) -> Tensor:
-        """`(batch, time)`: the frames of a spectrogram that lie in the sound, of extractors that give no mask."""
-        if features.ndim == 4:  # CLAP repeats a short sound
-            return torch.ones(len(features), features.shape[-2])
-        rate = self.audio.sampling_rate
-        lengths = torch.tensor([(count - WINDOW * rate) // (HOP * rate) + 1 for count in samples])
-        return torch.arange(features.shape[1]) < lengths[:, None].clamp(min=1)
-
     def _words(self, text: Sequence[str | None], options: dict[str, Any]) -> dict[str, Tensor]:
         """Token ids, and which of them are real."""
         asked = {"padding": True, "truncation": True} | options
+        if asked["padding"] and self.text.pad_token is None:
+            raise ValueError(
+                "This processor's tokenizer has no pad token to fill up shorter texts with: set "
+                "`processor.text.pad_token = processor.text.eos_token`; masks keep it from counting."
+            )
         written = [words if words is not None else "" for words in text]
         output = self.text(written, return_tensors="pt", return_attention_mask=True, **asked)
         there = torch.tensor([words is not None for words in text])
         mask = output["attention_mask"] * there[:, None]
         return {"input_ids": output["input_ids"], "attention_mask": mask}
 
-    def save_pretrained(self, save_directory: media.Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: AnyPath, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save each processor in a folder of its own, and the options.
 
         Args:
@@ -277,19 +299,19 @@ class TrimodalProcessor(PushToHubMixin):
                 kind = name if name != "vision" else "video" if self._is_video_processor() else "image"
                 kinds[name] = {"kind": kind, "class": type(part).__name__}
                 part.save_pretrained(folder / name)
-        options = {"num_frames": self.num_frames, "frame_padding": self.frame_padding}
+        options = {name: getattr(self, name) for name in OPTIONS}
         content = {"processor_class": type(self).__name__, "parts": kinds} | options
         (folder / PROCESSOR_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: media.Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: AnyPath, **kwargs: Any) -> Self:
         """Load what `save_pretrained` saved.
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a model on the Hub.
-            kwargs: options to change, `num_frames` or `frame_padding`.
+            kwargs: options to change, `num_frames`, `frame_padding` or `segment_seconds`.
 
         Raises:
             OSError: if there is no such processor.
@@ -302,7 +324,7 @@ class TrimodalProcessor(PushToHubMixin):
             raise OSError(f"There is no trimodal processor in {pretrained_model_name_or_path}: no {PROCESSOR_NAME}.")
         content = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
         parts = {name: _load(folder / name, part["kind"], part["class"]) for name, part in content["parts"].items()}
-        options = {name: kwargs.get(name, content[name]) for name in ("num_frames", "frame_padding")}
+        options = {name: kwargs.get(name, content.get(name)) for name in OPTIONS}
         return cls(**parts, **options)
 
 
@@ -324,8 +346,33 @@ def _load(folder: Path, kind: str, name: str) -> Any:
         return getattr(transformers, name).from_pretrained(folder)
 
 
-def _is_path(item: Any) -> bool:
-    return isinstance(item, str | os.PathLike)
+def _check_num_frames(num_frames: int) -> None:
+    if num_frames < 1:
+        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
+
+
+def _may_have_sound(video: Any) -> bool:
+    return video is None or isinstance(video, bytes | bytearray | dict) or is_source(video)
+
+
+def _each(value: Any, size: int, name: str) -> list[Any]:
+    """A setting of each sample."""
+    if not isinstance(value, Sequence):
+        return [value] * size
+    if len(value) != size:
+        raise ValueError(f"`{name}` has {len(value)} values for {size} samples.")
+    return list(value)
+
+
+def _of_samples(name: str, samples: Sequence[Any], read: Callable[[int, Any], T]) -> list[T]:
+    """What is read of each sample; what goes wrong says of which."""
+    values = []
+    for row, sample in enumerate(samples):
+        try:
+            values.append(read(row, sample))
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise type(error)(f"{name}[{row}]: {error}") from error
+    return values
 
 
 AutoProcessor.register(TrimodalConfig, TrimodalProcessor, exist_ok=True)

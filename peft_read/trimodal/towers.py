@@ -1,69 +1,39 @@
-"""Single towers: loading them from anywhere, building them again, and what a tower has to be called with."""
+"""Single towers: what a tower has to be called with, and what comes out of it."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
+import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..lockstep.layouts import takes_videos
+from ..lockstep.layouts import layout_of, takes_videos
 
 
 # By `model_type`: what to call a tower with besides its inputs.
-ARGUMENTS: dict[str, dict[str, Any]] = {"vjepa2": {"skip_predictor": True}}  # predicts masked parts from the others
-
-
-def load_tower(modality: str, source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-    """A tower from the Hub, a folder, or a model: of dual encoders the side for the modality, of others the encoder.
-
-    Args:
-        modality: `"vision"`, `"audio"` or `"text"`.
-        source: id of a model on the Hub, path of a folder, or a model.
-        kwargs: passed to `from_pretrained`, where there is something to load.
-    """
-    if isinstance(source, PreTrainedModel):
-        with_head = "For" in type(source).__name__
-        model: Any = source.base_model if with_head else source
-        if isinstance(getattr(model.config, f"{modality}_config", None), PreTrainedConfig):
-            model = getattr(model, f"{modality}_model", None)
-        elif model.config.is_encoder_decoder:
-            model = model.get_encoder()
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"A {type(source).__name__} has no {modality} tower that could stand alone.")
-        return model
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(
-            f"The {modality} tower must be a model of transformers, or the id or path of one, got a "
-            f"{type(source).__name__}. Adapters are added to the whole model."
-        )
-    config = AutoConfig.from_pretrained(source)
-    side = getattr(config, f"{modality}_config", None)
-    if isinstance(side, PreTrainedConfig):
-        cls = _class_named(side, type(side).__name__.replace("Config", "Model")) or AutoModel
-        return cls.from_pretrained(source, config=side, **kwargs)
-    if config.is_encoder_decoder:
-        encoder_only = _class_named(config, type(config).__name__.replace("Config", "EncoderModel"))  # T5
-        if encoder_only is not None:
-            return encoder_only.from_pretrained(source, **kwargs)
-    return load_tower(modality, AutoModel.from_pretrained(source, **kwargs))
-
-
-def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A tower with random weights, of the class that its configuration names first in `architectures`."""
-    name = (config.architectures or [""])[0]
-    cls = None if "For" in name else _class_named(config, name)  # one with a head names what it was pretrained as
-    return AutoModel.from_config(config) if cls is None else cls(config)
+ARGUMENTS: dict[str, Callable[[Any, Tensor], dict[str, Any]]] = {
+    # It would predict masked parts from the others.
+    "vjepa2": lambda config, inputs: {"skip_predictor": True},
+    # No sound here is longer than what the tower hears at once: longer sound comes in segments.
+    "clap_audio_model": lambda config, inputs: (
+        {"is_longer": torch.zeros(len(inputs), 1, dtype=torch.bool, device=inputs.device)}
+        if config.enable_fusion
+        else {}
+    ),
+}
+# By `model_type`: audio towers whose mask is one of their tokens, not of their input.
+MASK_OF_TOKENS = ("audio-spectrogram-transformer", "qwen2_audio_encoder")
 
 
 def without_layerdrop(modality: str, tower: PreTrainedModel) -> None:
     """Let a tower run all of its blocks in training: a level without one of the towers is noise to the others."""
     places = [tower.config, *tower.modules()]
-    found = [(place, name) for place in places for name in vars(place) if name.endswith("layerdrop")]
+    found = [(place, name) for place in places for name in vars(place) if re.fullmatch(r"(encoder_)?layerdrop", name)]
     dropping = {name for place, name in found if getattr(place, name)}
     for place, name in found:
         setattr(place, name, 0.0)
@@ -82,7 +52,7 @@ def tower_inputs(tower: PreTrainedModel, inputs: Tensor, mask: Tensor | None = N
         tower: the tower.
         inputs: as the composite model takes them; `(batch, frames, channels, height, width)` for vision, and in place
             of text tokens possibly their embeddings.
-        mask: `(batch, input steps)`, bool, true where real; passed on if the tower takes one for sound or text.
+        mask: `(rows, input steps)`, bool, true where real; passed on if the tower takes one for sound or text.
 
     Returns:
         Keyword arguments of its forward. Samples without anything real look to the tower as if all were: some make NaN
@@ -96,7 +66,9 @@ def tower_inputs(tower: PreTrainedModel, inputs: Tensor, mask: Tensor | None = N
     pictures = inputs.ndim == 5
     if pictures and not takes_videos(tower):
         inputs = inputs.flatten(0, 1)
-    arguments = {name: inputs} | ARGUMENTS.get(tower.config.model_type, {})
+    arguments: dict[str, Any] = {name: inputs}
+    if (more := ARGUMENTS.get(tower.config.model_type)) is not None:
+        arguments |= more(tower.config, inputs)
     if mask is not None and not pictures and _takes_mask(tower):
         arguments["attention_mask"] = (mask | ~mask.any(1, keepdim=True)).long()
     return arguments
@@ -111,33 +83,41 @@ def sound_steps(tower: PreTrainedModel, sound: Tensor) -> int:
     return sound.shape[-1 if mels_first else -2]
 
 
-def tokens_of(output: Any, width: int) -> Tensor:
-    """`(rows, tokens, width)` or a grid of tokens, of a tower's output, which may have put the width first."""
+def tokens_of(tower: PreTrainedModel, output: Any) -> Tensor:
+    """`(rows, tokens, width)` or a grid of tokens, of a tower's output, in the order that they have in its blocks."""
     hidden: Tensor = output.last_hidden_state
-    if hidden.ndim == 4 and hidden.shape[1] == width != hidden.shape[-1]:
+    width = tower_width(tower)
+    if hidden.ndim != 4:
+        return hidden
+    if tower.config.model_type == "clap_audio_model":  # it puts the pieces of the time axis side by side at its end
+        pieces = layout_of(tower, "audio", 1).pieces
+        return hidden.unflatten(-1, (pieces, -1)).permute(0, 3, 2, 4, 1).flatten(1, 3)
+    convolves = getattr(tower.config, "hidden_sizes", None) is not None
+    if hidden.shape[1] == width and (convolves or hidden.shape[-1] != width):
         return hidden.flatten(2).transpose(1, 2)
     return hidden
 
 
 def tower_width(tower: PreTrainedModel) -> int:
-    """Size of a tower's last hidden states."""
+    """Size of a tower's last hidden states.
+
+    Raises:
+        ValueError: if its configuration doesn't tell.
+    """
     config = tower.config
-    width = config.output_hidden_size if getattr(config, "add_adapter", False) else config.hidden_size
+    width = config.output_hidden_size if getattr(config, "add_adapter", False) else None
+    width = width or getattr(config, "hidden_size", None)
+    if width is None and getattr(config, "hidden_sizes", None):  # convolutions
+        width = config.hidden_sizes[-1]
+    if width is None:
+        raise ValueError(
+            f"A {type(tower).__name__} can't be a tower: its {type(config).__name__} has neither `hidden_size` nor "
+            "`hidden_sizes`, so the size of its last hidden states isn't known. Set `hidden_size` to it."
+        )
     return int(width)
 
 
-def _class_named(config: PreTrainedConfig, name: str) -> type[PreTrainedModel] | None:
-    """A model class that stands in transformers beside a configuration's."""
-    try:
-        module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
-    except ModuleNotFoundError:
-        return None
-    found = getattr(module, name, None) if name else None
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
-
-
-def _takes_mask(tower: nn.Module) -> bool:
-    # Those were pretrained without, and see silence in place of padding; AST's would go over patches, not over sound.
-    over_patches = getattr(tower.config, "model_type", "") == "audio-spectrogram-transformer"
-    without = over_patches or getattr(tower.config, "feat_extract_norm", "") == "group"
+def _takes_mask(tower: PreTrainedModel) -> bool:
+    # Those were pretrained without, and see silence in place of padding; or their mask is one of tokens, not of sound.
+    without = getattr(tower.config, "feat_extract_norm", "") == "group" or tower.config.model_type in MASK_OF_TOKENS
     return not without and "attention_mask" in inspect.signature(tower.forward).parameters

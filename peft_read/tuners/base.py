@@ -3,25 +3,74 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from peft import PeftConfig
+from peft import LoraModel, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, TaskType
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
+from .checks import check_adapter_name
+from .config import AdapterConfig
+from .fitting import check_fit
+from .mixed import mixed_rows
+from .offloading import bring_trained_modules, check_can_hold_adapters, execution_device
+from .patterns import check_matching
 from .sharding import blocks_to_shard, embeddings_are_a_unit
+from .undo import undone_on_failure
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """A layer around any module: it forwards what it doesn't know to the module, and refuses to be merged."""
+    """A layer around any module: it forwards what it doesn't know to the module, and refuses to be merged.
+
+    Args:
+        base_layer: the module to wrap.
+        in_features: size of the last dimension of its input.
+        out_features: size of the last dimension of its output.
+        module_name: the module's name in the adapted model, for messages.
+    """
 
     cannot_merge: str
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = in_features
+        self.out_features = out_features
+        self.module_name = module_name
+        self.cast_input_dtype_enabled = True
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def settle(self, adapter_name: str, config: PeftConfig) -> None:
+        """Bring the weights of an adapter that was just made to where they run, and train them if it is active."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def rows_per_sample(self, adapter_names: Sequence[str], rows: int, allowed: Collection[int] | None = None) -> int:
+        """How many rows of the batch each sample has that an adapter is named for; its rows follow each other.
+
+        Args:
+            adapter_names: one name per sample.
+            rows: of the batch.
+            allowed: the numbers that it may be; any by default.
+
+        Raises:
+            ValueError: if there is no such number.
+        """
+        each, left = divmod(rows, max(len(adapter_names), 1))
+        if left or not each or not adapter_names or (allowed is not None and each not in allowed):
+            raise ValueError(
+                f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for {rows} rows at "
+                f"{self.module_name}."
+            )
+        return each
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse, with the method's reason."""
@@ -49,10 +98,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if device is None:  # a block of modules, which has no weight of its own
             parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
             device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
-        hook = getattr(base_layer, "_hf_hook", None)
-        if device is not None and device.type == "meta" and hook is not None:  # offloaded: not where its weights lie
-            device = torch.device(hook.execution_device)
-        return device, dtype
+        return execution_device(base_layer) or device, dtype
 
 
 def _is_fsdp() -> bool:
@@ -89,11 +135,151 @@ class AdapterTuner(BaseTuner):
         getter = self.model.get_output_embeddings
         return _nothing if _is_fsdp() and not embeddings_are_a_unit(self.model) else getter
 
-    def _refuse_name(self, name: str) -> NoReturn:
-        method = self.prefix.removesuffix("_").upper()
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        ours = self.prefix.removesuffix("_").upper()
+        configs = getattr(model, "peft_config", None) or {}
+        # Names under which PEFT would put our configuration in the place of another method's.
+        self._taken = {name: c.peft_type.value for name, c in configs.items() if c.peft_type.value != ours}
+        with undone_on_failure(model):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    @property
+    def _method(self) -> str:
+        return self.prefix.removesuffix("_").upper()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, after which nothing else of the model trains; undone if it is refused.
+
+        PEFT's hooks before and after an injection are none: they run for a tuner's first adapter only.
+        """
+        config: Any = self.peft_config[adapter_name]
+        check_adapter_name(adapter_name)
+        with undone_on_failure(model):
+            check_matching(config, (name for name, _ in model.named_modules()))
+            self._check_tokens(model, config)
+            is_first = not any(isinstance(module, self.tuner_layer_cls) for module in model.modules())
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if is_first:
+                self._freeze_base(model)
+            bring_trained_modules(model, adapter_name)
+            self._after_injection(model)
+            if adapter_name in self._taken:
+                method = self._taken[adapter_name]
+                raise ValueError(
+                    f"A {type(model).__name__} has an adapter {adapter_name!r} of {method} already. To have both, "
+                    "inject that one into the part of the model that it adapts: "
+                    "`inject_adapter_in_model(config, model.text_model)`, say."
+                )
+
+    def _after_injection(self, model: nn.Module) -> None:
+        """What a method does once its layers are in the model."""
+
+    @staticmethod
+    def _check_tokens(model: nn.Module, config: AdapterConfig) -> None:
+        """Refuse tokens to train that the embeddings don't have."""
+        wanted = config.trainable_token_indices
+        if wanted is None:
+            return
+        if isinstance(wanted, dict):
+            named = [(f".{name}", module) for name, module in model.named_modules()]
+            found = [(m, ids) for key, ids in wanted.items() for name, m in named if name.endswith(f".{key}")]
+        else:
+            getter = getattr(model, "get_input_embeddings", None)
+            embeddings = None if getter is None else getter()
+            if embeddings is None:
+                raise ValueError(
+                    f"`trainable_token_indices` needs the input embeddings of a {type(model).__name__}, which doesn't "
+                    "name them: give lists of indices by the names of embeddings."
+                )
+            found = [(embeddings, wanted)]
+        for module, indices in found:
+            size = getattr(module, "num_embeddings", None) or getattr(module, "out_features", None)
+            if size is not None and max(indices) >= size:
+                raise ValueError(
+                    f"`trainable_token_indices` names the token {max(indices)}, but there are {size}. New tokens need "
+                    "`resize_token_embeddings` first."
+                )
+
+    @staticmethod
+    def _freeze_base(model: nn.Module) -> None:
+        """Freeze what adapters don't own: where there are other methods' layers already, PEFT leaves it as it was."""
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        owned = {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, wrappers)
+            for name, parameter in module.named_parameters()
+            if not name.startswith(("base_layer.", "original_module."))
+        }
+        for parameter in model.parameters():
+            if id(parameter) not in owned and parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+    def _check_place(self, name: str, module: nn.Module) -> None:
+        """Refuse a module that can't be wrapped whatever the method does with it."""
+        if self.prefix in name:
+            self._refuse_name(name)
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, self.tuner_layer_cls):
+            raise ValueError(
+                f"{self._method} can't wrap {name}, which is adapted by {type(module).__module__} already."
+            )
+        check_can_hold_adapters(self.model, name)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            self._update(target, adapter_name, peft_config, current_key)
+            return
+        self._check_place(current_key, target)
+        layer = self._wrap(target, parent, peft_config, current_key)
+        layer.set_adapter(self.active_adapters)
+        self._update(layer, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _wrap(self, module: nn.Module, parent: nn.Module, config: PeftConfig, name: str) -> AdapterLayer:
+        """A layer around a module, without adapters."""
+        raise NotImplementedError
+
+    def _update(self, layer: AdapterLayer, adapter_name: str, config: PeftConfig, name: str) -> None:
+        """Add an adapter to a layer."""
+        raise NotImplementedError
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own moves new weights to where the weight of a linear layer lies. A block has none, and that of an
+        # offloaded or 8-bit layer isn't where the layer runs: `settle` has moved them already.
+        setattr(parent, child_name, new_module)
+
+    # As LoRA does it: trained embeddings take what is tied to them along.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> NoReturn:
         raise ValueError(
-            f"{method} can't adapt {name}: PEFT and transformers tell {method}'s weights by '{self.prefix}' in their "
-            "names and would mistake this module's own for them. Rename the module, or leave it out."
+            "`ensure_weight_tying` is for embeddings in `modules_to_save` or `trainable_token_indices`: "
+            f"{self._method} can't adapt embeddings, so that an adapter at the head could be tied to none."
+        )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: recurrences and attention aren't linear in their weights."""
+        raise NotImplementedError(
+            f"{self._method}'s adapters can't be combined into one: they aren't linear in their weights. Activate "
+            f"several at once, whose changes add up: `model.base_model.set_adapter([...])`."
+        )
+
+    def _refuse_name(self, name: str) -> NoReturn:
+        raise ValueError(
+            f"{self._method} can't adapt {name}: PEFT and transformers tell {self._method}'s weights by "
+            f"'{self.prefix}' in their names and would mistake this module's own for them. Rename the module, or "
+            "leave it out."
         )
 
     def _check_names_to_save(self, config: PeftConfig, model: nn.Module) -> None:
@@ -128,36 +314,17 @@ class AdapterTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's renaming, after which nothing may be missing, left over or of another shape.
+        """PEFT's renaming, after which nothing may be missing, left over, of another shape or no number.
 
         Runs before anything is copied, so a file that doesn't fit leaves the model as it was.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        in_model = model.state_dict()
-        given = {key if key in in_model else key.removeprefix("base_model.model."): v for key, v in remapped.items()}
-        names = {
-            f"{module_name}.{part}.{adapter_name}."
-            for module_name, module in model.named_modules()
+        layers = {
+            name: module.adapter_layer_names
+            for name, module in model.named_modules()
             if isinstance(module, cls.tuner_layer_cls)
-            for part in module.adapter_layer_names
         }
-        names = {name.removeprefix("_fsdp_wrapped_module.") for name in names}
-        ours = [key for key in in_model if any(key.startswith(name) for name in names)]
-        faults = [f"missing: {key}" for key in ours if key not in given]
-        faults += [f"unexpected: {key}" for key in given if key not in in_model]
-        faults += [
-            f"wrong shape: {key}: {tuple(given[key].shape)} in the file, {tuple(in_model[key].shape)} in the model"
-            for key in ours
-            if key in given and given[key].shape != in_model[key].shape
-        ]
-        if faults:
-            shown = "\n  ".join(faults[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
-            raise ValueError(
-                f"The weights don't fit adapter {adapter_name!r}, so nothing was loaded. They may belong to another "
-                f"base model (the adapter names {config.base_model_name_or_path!r}) or another configuration:\n"
-                f"  {shown}"
-            )
-        return remapped
+        return check_fit(model, config, adapter_name, remapped, layers)
 
     def _check_merge_allowed(self) -> NoReturn:
         raise NotImplementedError(self.tuner_layer_cls.cannot_merge)
@@ -196,8 +363,15 @@ class AdapterTuner(BaseTuner):
             more = for_layers if isinstance(module, self.tuner_layer_cls) else {}
             return args, kwargs | {"adapter_names": adapter_names} | more
 
+        def take_rows(module: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+            if output is None or threading.get_ident() != thread:
+                return None
+            return mixed_rows(module, adapter_names, args, kwargs, output)
+
         handles = [
-            module.register_forward_pre_hook(pass_names, with_kwargs=True)
+            module.register_forward_hook(take_rows, with_kwargs=True)
+            if isinstance(module, ModulesToSaveWrapper)
+            else module.register_forward_pre_hook(pass_names, with_kwargs=True)
             for module in self.modules()
             if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
         ]

@@ -20,9 +20,10 @@ from trimodal_families import (
 )
 
 from peft_read.architectures.blocks import block_width, blocks_of_levels, find_blocks
-from peft_read.lockstep.composite import TowerBatch
+from peft_read.lockstep import TowerBatch
 from peft_read.lockstep.coroutines import run_in_lockstep
 from peft_read.lockstep.layouts import Layout, layout_of, step_mask, takes_videos, token_mask
+from peft_read.trimodal.towers import tokens_of
 
 
 pytestmark = [
@@ -133,16 +134,15 @@ def test_a_frame_changes_its_own_tokens(family, frame):
 
 TAKES_MASK = ["wav2vec2", "hubert", "wavlm", "unispeech_sat", "data2vec_audio", "sew", "moonshine", "parakeet"]
 TAKES_MASK += ["wav2vec2_bert"]
-TIMED_SOUND = [family for family in AUDIO if family != "clap_audio"]
 
 
-@pytest.mark.parametrize("family", TIMED_SOUND)
+@pytest.mark.parametrize("family", AUDIO)
 def test_later_sound_changes_later_tokens(family):
     """A change at the start of the sound leaves the last time steps alone, one at the end the first."""
     model = tower(family)
     inputs = sound_inputs(family)
     ((name, sound),) = inputs.items()
-    axis = 2 if FAMILIES[family].inputs == "mels" else 1
+    axis = 2 if FAMILIES[family].inputs in ("mels", "mel_image") else 1
     length = sound.shape[axis]
     seen = []
     # Convolutions over tokens, and normalisation over time, look further than a token's own sound.
@@ -160,6 +160,35 @@ def test_later_sound_changes_later_tokens(family):
         centre = (difference * torch.arange(len(difference))).sum() / difference.sum() / (len(difference) - 1)
         assert centre < 0.45 if start == 0 else centre > 0.55
         seen.clear()
+
+
+@pytest.mark.parametrize("frame", [0, 100, 130, 255])
+def test_pieces_of_a_spectrogram_are_put_in_order(frame):
+    """CLAP's square image of 64 x 64 holds 256 frames in four rows of pieces: one frame of 256 changes, exactly."""
+    model = tower("clap_audio")
+    inputs = sound_inputs("clap_audio")
+    other = inputs["input_features"].clone()
+    other[0, :, frame] += 1.0  # patches of 4 frames and 4 bands
+    changed = changed_tokens(model, inputs, {"input_features": other})
+    batch = TowerBatch.of("audio", model, BATCH, 256)
+    timed, untimed = batch.split(changed[..., None])
+    assert timed.shape == (BATCH, 64, 4, 1)
+    assert timed[0, :, :, 0].all(1).nonzero().flatten().tolist() == [frame // 4]
+    assert timed.sum() == 4
+    assert untimed is None
+    assert torch.equal(batch.join(timed, untimed, changed[..., None].shape)[..., 0], changed)
+
+
+@torch.no_grad()
+def test_what_comes_out_of_clap_is_in_the_order_of_its_blocks():
+    """It puts the pieces side by side at its end."""
+    model = tower("clap_audio")
+    seen = []
+    last = model.get_submodule(find_blocks(model)[-1])
+    last.register_forward_hook(lambda _, args, output: seen.append(first(output)))
+    output = model(**sound_inputs("clap_audio"))
+    expected = model.audio_encoder.norm(seen[0])
+    torch.testing.assert_close(tokens_of(model, output), expected, rtol=0, atol=1e-5)
 
 
 def test_rows_of_frequencies_are_told_apart():

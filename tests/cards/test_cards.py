@@ -190,6 +190,13 @@ def test_an_edit_stays_as_it_is_and_the_rest_is_renewed(tmp_path, edit):
         assert text.count("\n## Limits\n") == 1
 
 
+def test_the_library_is_ours_to_say(tmp_path):
+    """The Hub loads the files by it: an edit of this one field doesn't stay."""
+    text = saved(tmp_path)
+    tmp_path.joinpath("README.md").write_text(text.replace("library_name: peft", "library_name: transformers"))
+    assert saved(tmp_path) == text
+
+
 def test_peft_s_own_hook_writes_the_card(tmp_path):
     """Where PEFT's users call it themselves, before anything is saved."""
     adapted("bert").create_or_update_model_card(tmp_path)
@@ -220,17 +227,6 @@ def test_metadata_keep_their_comments(tmp_path):
     text = saved(tmp_path).replace("library_name: peft", "library_name: peft  # what else\nlicense: mit")
     tmp_path.joinpath("README.md").write_text(text)
     assert "library_name: peft  # what else\nlicense: mit" in saved(tmp_path)
-
-
-def test_a_broken_card_is_named(tmp_path):
-    """Nothing is written over it, and the weights are saved all the same."""
-    saved(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    tmp_path.joinpath("README.md").write_text("---\n[oops\n---\n# Mine\n")
-    with pytest.raises(ValueError, match=r"(?s)top of .*README\.md can't be read.*Mend the lines"):
-        saved(tmp_path)
-    assert "# Mine" in tmp_path.joinpath("README.md").read_text()
-    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 def test_a_loaded_adapter_keeps_what_its_trainer_wrote(tmp_path):

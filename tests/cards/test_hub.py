@@ -107,6 +107,16 @@ def test_edits_on_the_hub_survive_the_next_push(shared):
     assert "# Of the draft\n" not in shared.text("ann/pvla", "README.md")
 
 
+def test_an_unreadable_card_on_the_hub_stays(shared):
+    """The weights are pushed without a card, with a warning that names it."""
+    (warning,) = shared.found["odd card"]
+    assert warning.startswith(
+        "The adapter is pushed, its card isn't. The card README.md of ann/odd on the Hub can't be"
+    )
+    assert shared.text("ann/odd", "README.md") == "---\na: &a [1]\nb: *a\n---\nMine.\n"
+    assert "adapter_model.safetensors" in shared.repos["ann/odd"].files()
+
+
 def test_a_trainer_tells_the_card_what_it_knows(shared):
     """Hyperparameters, data and metrics, by the Trainer's own names."""
     card = ModelCard(shared.text("ann/trained", "README.md"))

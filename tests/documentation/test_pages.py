@@ -26,6 +26,7 @@ def cache(tmp_path_factory):
     "ignore:'pin_memory' argument is set as true:UserWarning",  # the Trainer's default, which wants a GPU
     "ignore::FutureWarning",  # of torch's own exporter
     "ignore::DeprecationWarning",  # likewise
+    "ignore:You are trying to modify a model with PEFT for a second time:UserWarning",  # as the page says
     "ignore:# The axis name. (batch|time) will not be used:UserWarning",  # likewise
 )
 @pytest.mark.parametrize("page", [page for page in pages() if blocks(page)])

@@ -11,6 +11,7 @@ import torch
 import trimodal_question_answering
 from common.annotations import ANNOTATIONS
 from common.embedded import WORDS, digit_images
+from media_files import tone, write
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
     ViTModel,
 )
 from trimodal_qa import clips, late_fusion
-from trimodal_qa.annotations import Annotation, answers_of, length_of, read_annotations
+from trimodal_qa.annotations import Annotation, answers_of, read_annotations
 from trimodal_qa.inputs import Collator, make_examples, with_shuffled_sound, without_pictures
 from trimodal_qa.methods import METHODS, Towers, load_base
 from trimodal_qa.scores import choose_threshold, decide, micro_f1
@@ -115,8 +116,8 @@ def test_a_frame_has_the_answer_at_its_middle():
     """Ends are excluded, and what lies beyond the clip counts for nothing."""
     answers = ((0.0, 0.5, "one"), (0.5, 0.6, "two"), (0.7, 1.2, "three"), (9.0, 10.0, "four"))
     annotation = Annotation(Path("a.mp4"), "q", "train", answers, "f:1")
-    assert annotation.of_frames(4, 2.0) == ["one", "three", None, None]
-    assert annotation.of_frames(2, 2.0) == ["two", None]
+    assert annotation.at([0.25, 0.75, 1.25, 1.75]) == ["one", "three", None, None]
+    assert annotation.at([0.5, 1.5]) == ["two", None]
     assert answers_of([annotation]) == ["four", "one", "three", "two"]
 
 
@@ -141,7 +142,6 @@ def test_questions_ask_for_what_the_clip_holds(kind):
 def test_sound_is_where_its_frame_is(tmp_path):
     """In the encoded file: of each quarter of a second, the loudest frequency is its frame's tone."""
     write_clip(tmp_path / "a.mp4")
-    assert length_of(tmp_path / "a.mp4") == 1.0
     assert read_frames(tmp_path / "a.mp4", 99).shape == (FRAMES, 32, 64, 3)
     sound = read_sound(tmp_path / "a.mp4", clips.RATE)
     for frame, (_, hertz) in zip(range(FRAMES), [*clips.TONES.values()] * 2, strict=True):
@@ -149,11 +149,36 @@ def test_sound_is_where_its_frame_is(tmp_path):
         assert spectrum.argmax() * 4 == pytest.approx(hertz, rel=0.13)
 
 
-def test_a_video_that_cannot_be_read_is_named(tmp_path):
+def test_labels_go_by_the_time_of_frames(tmp_path, tiny_towers):
+    """Of a clip that begins late, with frames at any times; and a batch of it beside a short one, in segments."""
+    begins = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 3.0, 4.5]
+    path = write(tmp_path / "phone.mkv", begins, 5.0, sound=tone(4.0, []), sound_start=1.0)
+    annotation = Annotation(Path(path), "what is seen", "train", ((1.0, 2.0, "one"), (3.5, 4.5, "two")), "f:1")
+    processor = TrimodalProcessor.from_pretrained_towers(
+        tiny_towers.vision, tiny_towers.audio, tiny_towers.text, num_frames=4
+    )
+    (long,) = make_examples([annotation], processor, ["one", "two"])
+    assert long["frame_times"][:, 0].tolist() == pytest.approx([1, 2.25, 3.5, 4.75], abs=0.1)
+    assert long["labels"].tolist() == [0, 2, 1, 2]
+    write_clip(tmp_path / "a.mp4")
+    short = Annotation(tmp_path / "a.mp4", "what", "train", (), "f:2")
+    examples = [long, *make_examples([short], processor, ["one", "two"])]
+    batch = Collator()(examples)
+    assert batch["frame_times"].shape == (2, 4, 2)
+    assert batch["audio_times"].shape[2:] == (2,)
+    assert batch["audio_mask"].ndim == batch["input_values"].ndim - 1 == 3
+    base = load_base(tiny_towers, ["one", "two"])
+    assert base(**batch).logits.shape == (2, 4, 3)
+    assert len(late_fusion.encode(base, examples)) == 2
+
+
+def test_a_video_that_cannot_be_read_is_named(tmp_path, tiny_towers):
     """Its name is in the message."""
     (tmp_path / "text.mp4").write_bytes(b"no video at all" * 100)
-    with pytest.raises(ValueError, match=r"text\.mp4 can't be read as a video"):
-        length_of(tmp_path / "text.mp4")
+    annotation = Annotation(tmp_path / "text.mp4", "q", "train", (), "f:1")
+    processor = TrimodalProcessor.from_pretrained_towers(tiny_towers.vision, tiny_towers.audio, tiny_towers.text)
+    with pytest.raises(ValueError, match=r"text\.mp4 can't be read as a media file"):
+        make_examples([annotation], processor, [])
 
 
 def test_made_clips_can_be_read_back(tmp_path, tiny_towers, monkeypatch):
@@ -192,12 +217,14 @@ def some_examples():
             {
                 "pixel_values": torch.randn(frames, 3, 4, 4),
                 "frame_mask": torch.ones(frames, dtype=torch.long),
+                "frame_times": torch.stack([torch.arange(frames), torch.arange(1, frames + 1)], -1) / 4,
                 "input_ids": torch.arange(words),
                 "attention_mask": torch.ones(words, dtype=torch.long),
                 "labels": torch.arange(frames),
             }
         )
     examples[0] |= {"input_values": torch.randn(8, 2), "audio_mask": torch.ones(8, dtype=torch.long)}
+    examples[0]["audio_times"] = torch.tensor([0.0, 0.125])
     return examples
 
 
@@ -208,7 +235,11 @@ def test_batches_are_padded_and_masked():
     assert batch["audio_mask"].tolist() == [[1] * 8, [0] * 8]
     assert batch["attention_mask"].sum(1).tolist() == [3, 5]
     assert batch["labels"].tolist() == [[0, 1, 2, 3], [0, 1, -100, -100]]
-    assert set(Collator({"vision", "text"})(some_examples())) == set(batch) - {"input_values", "audio_mask"}
+    assert set(Collator({"vision", "text"})(some_examples())) == set(batch) - {
+        "input_values",
+        "audio_mask",
+        "audio_times",
+    }
 
 
 def test_what_pairs_and_shuffled_sound_leave_out():
@@ -285,7 +316,7 @@ def test_encoded_clips_are_what_the_towers_find(tmp_path, tiny_towers):
     )
     examples = make_examples(annotations[:3], processor, ["four", "three"])
     assert [example["labels"].tolist() for example in examples] == [[1, 2, 2, 2], [2, 1, 2, 2], [2, 2, 1, 2]]
-    for name in ("input_values", "audio_mask"):
+    for name in ("input_values", "audio_mask", "audio_times"):
         del examples[1][name]
     base = load_base(tiny_towers, ["four", "three"])
     encoded = late_fusion.encode(base, examples)

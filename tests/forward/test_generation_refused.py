@@ -32,6 +32,8 @@ from transformers import (
     MambaForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    ReformerConfig,
+    ReformerModelWithLMHead,
     RwkvConfig,
     RwkvForCausalLM,
     WhisperForConditionalGeneration,
@@ -120,6 +122,30 @@ def test_a_tuple_of_keys_and_values():
     call = ForwardCall.of(torch.nn.Identity(), {"past_key_values": ((keys, keys), (keys, keys))}, causal=True)
     with pytest.raises(ValueError, match="`past_key_values`"):
         state_before(call, "a recurrence", slice(None))
+
+
+def test_a_cache_that_counts_nothing():
+    """Reformer's keeps buckets; without it the model generates."""
+    size = {"hidden_size": WIDTH, "num_attention_heads": 2, "attention_head_size": WIDTH // 2, "vocab_size": VOCAB}
+    size |= {"axial_pos_shape": (4, 4), "axial_pos_embds_dim": (16, 16), "max_position_embeddings": 16}
+    config = ReformerConfig(**size, attn_layers=["local"], is_decoder=True, local_attn_chunk_length=4)
+    model = adapt(ReformerModelWithLMHead(config), r".*output\.dense")
+    ids = random_ids(1, 8)
+    assert model.generate(input_ids=ids, max_new_tokens=2, use_cache=False).shape == (1, 10)
+    with pytest.raises(ValueError, match="holds tokens that it doesn't count"):
+        model.generate(input_ids=ids, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_cache_whose_rows_were_changed_by_hand():
+    """Beside its keys READ's states stay as they were: refused with the methods that change both."""
+    model, ids = generator("llama"), random_ids(2, 6)
+    cache = empty_cache("llama", model)
+    step("llama", model, ids, cache)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"of 2 rows, the batch has 4\. .*`batch_repeat_interleave`"):
+        step("llama", model, ids.repeat(2, 1)[:, :1], cache)
 
 
 def test_continuous_batching():

@@ -59,6 +59,27 @@ def test_four_dimensions(causal, form):
     assert torch.equal(read(form(pairs(VALID, causal=causal))), VALID)
 
 
+@pytest.mark.parametrize("hidden", [-1e4, -9000.0, -1001.0, -torch.inf])
+def test_how_much_hides(hidden):
+    """Numbers so low, in two dimensions and in four; a bias of the attention, such as ALiBi's, hides nothing."""
+    assert torch.equal(read(torch.where(VALID, 0.0, hidden), additive=True), VALID)
+    assert torch.equal(read(torch.where(pairs(VALID), -100.0, hidden)), VALID)
+
+
+@pytest.mark.parametrize("form", [lambda m: m, additive, lambda m: m.long()])
+def test_one_query_for_all(form):
+    """The keys of all queries in one, as some models broadcast them: one row, or the batch's."""
+    assert torch.equal(read(form(VALID[:, None, None])), VALID)
+    assert torch.equal(read(form(VALID[1:2, None, None])), VALID[1:2].expand(BATCH, -1))
+
+
+def test_zeros_alone_may_mean_either():
+    """As a mask to be added nothing is padding, as one of ones all is: it's no answer."""
+    assert read(torch.zeros(BATCH, TIME)) is None
+    assert read(torch.zeros(BATCH, TIME), additive=True).all()
+    assert not read(torch.zeros(BATCH, TIME, dtype=torch.long)).any()
+
+
 def test_four_dimensions_of_one_row():
     """One for all rows of the batch."""
     assert torch.equal(read(pairs(VALID[1:2])), VALID[1:2].expand(BATCH, -1))

@@ -6,6 +6,7 @@ from generators import CACHE, DECODERS, ERROR, VISIBLE, generator
 from helpers import adapted, adapter_parameters, token_rows
 from transformers import DataCollatorWithFlattening
 
+from peft_read import describe_tokens
 from peft_read.forward.call import ForwardCall, RunningForward
 from peft_read.forward.packing import starts_of
 
@@ -172,3 +173,41 @@ def test_a_packed_row_with_an_adapter_per_sample_is_refused():
     model, (_, batch) = generator("llama"), packed()
     with pytest.raises(ValueError, match="one adapter per sample"):
         model(**batch, adapter_names=["default"] * len(LENGTHS))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_lengths_that_the_attention_does_not_see(attention):
+    """Without positions or a mask it goes across; refused with what separates the sequences."""
+    model, (_, batch) = generator("llama"), packed()
+    model.get_base_model().set_attn_implementation(attention)
+    lengths = torch.tensor([0, 5, 6, 9, 13], dtype=torch.int32)
+    del batch["position_ids"]
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q`.*attention goes across.*`position_ids`, use_cache=False"):
+        model(**batch, cu_seq_lens_q=lengths)
+    whole = model(**batch).logits
+    torch.testing.assert_close(model(**batch, cu_seq_lens_q=lengths[[0, -1]]).logits, whole, **ERROR)
+
+
+@torch.no_grad()
+def test_positions_with_a_gap():
+    """They go on in one sequence where a cache is filled, as transformers' attention does then."""
+    model, ids = generator("llama"), torch.cat(token_rows((7,)))[None]
+    gap = torch.tensor([[0, 1, 2, 10, 11, 12, 13]])
+    given = {"input_ids": ids, "position_ids": gap}
+    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    explicit = model(**given, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(model(**given, use_cache=True).logits, explicit, **ERROR)
+
+
+@torch.no_grad()
+def test_packed_sequences_behind_a_cache_are_refused():
+    """Only the first of them could go on from its tokens."""
+    model, ids = generator("llama"), torch.cat(token_rows((9,)))[None]
+    cache = getattr(model(input_ids=ids[:, :4], use_cache=True), CACHE)
+    given = {"input_ids": ids[:, 4:], CACHE: cache}
+    with pytest.raises(ValueError, match="packed in a row, and given a cache"):
+        model(**given, cu_seq_lens_q=torch.tensor([0, 2, 5], dtype=torch.int32))
+    sequences = torch.tensor([[0, 0, 1, 1, 1]])
+    with pytest.raises(ValueError, match="packed in a row"), describe_tokens(sequence_ids=sequences):
+        model(**given)

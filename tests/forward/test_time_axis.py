@@ -5,11 +5,14 @@ import torch
 from helpers import CLOSE, EXACT, strengthen
 from peft import get_peft_model
 from torch import nn
+from transformers import FSMTConfig, FSMTModel, ProphetNetConfig, ProphetNetModel
 
 from peft_read import ReadConfig
 
 
 WIDTH = 16
+SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
+PROPHETNET_SIDE = {"layers": 1, "attention_heads": 2}
 # Of torch's own encoder.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 
@@ -166,3 +169,32 @@ def test_sequences_packed_for_torchs_layers():
     tree[4:, :2] = True
     with pytest.raises(ValueError, match="can't follow this attention mask"):
         model(x, memory, seen=~tree)
+
+
+def fsmt():
+    size = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDE.items()}
+    return FSMTModel(FSMTConfig(langs=["en", "de"], src_vocab_size=50, tgt_vocab_size=50, d_model=WIDTH, **size))
+
+
+def prophetnet():
+    size = {f"num_{side}_{what}": n for side in ("encoder", "decoder") for what, n in PROPHETNET_SIDE.items()}
+    size |= {f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")}
+    return ProphetNetModel(ProphetNetConfig(vocab_size=50, hidden_size=WIDTH, **size))
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "reason"),
+    [(fsmt, None, "along the first axis"), (prophetnet, r".*decoder.*output", "one after another along its axis")],
+)
+def test_transformers_own_with_another_axis(build, targets, reason):
+    """FSMT runs time first; ProphetNet's decoder lays the streams of its predictions behind each other."""
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(build(), ReadConfig(r=4, target_modules=targets))
+    get_peft_model(build(), ReadConfig(r=4, cell="none", target_modules=targets))
+
+
+def test_of_prophetnet_the_encoder_is_adapted():
+    """By default, as its decoder can't be."""
+    model = get_peft_model(prophetnet(), ReadConfig(r=4))
+    assert model.targeted_module_names
+    assert all(".encoder." in f".{name}" for name in model.targeted_module_names)

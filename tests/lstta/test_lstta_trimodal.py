@@ -6,7 +6,15 @@ import pytest
 import torch
 from helpers import ADD_ADAPTER
 from lstta_models import CLOSE, EXACT, adapter_parameters, strengthen
-from peft import PeftModel, TaskType, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -198,3 +206,55 @@ def test_checkpointing_of_the_composite(use_reentrant):
         assert (gradient is None) == (gradients[1][name] is None), name
         if gradient is not None:
             torch.testing.assert_close(gradients[1][name], gradient, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", [TrimodalForSequenceClassification, TrimodalForFrameClassification])
+def test_an_adapter_per_sample_with_modules_of_its_own(head):
+    """Fusion and classifier of each sample's own adapter, as that adapter alone gives them, and the base's own."""
+    options = {"modules_to_save": ["classifier", "fusion"]}
+    model = get_peft_model(model_of(head, num_labels=3), config_of(**options)).eval()
+    model.add_adapter("second", config_of(**options))
+    for name, seed in (("default", 0), ("second", 1)):
+        strengthen(model, name, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f"modules_to_save.{name}." in key:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    names = ["second", "__base__", "default", "second"]
+    inputs = inputs_of(batch=4)
+    mixed = model(**inputs, adapter_names=names).logits
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model(**inputs).logits
+        else:
+            model.set_adapter(name)
+            alone = model(**inputs).logits
+        torch.testing.assert_close(mixed[row], alone[row], **CLOSE)
+        other = names[row - 1]
+        assert name == other or (mixed[row] - mixed[row - 1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="one adapter per sample"):
+        model(**inputs, adapter_names=names[:3])
+
+
+@pytest.mark.parametrize(
+    ("head", "task", "auto"),
+    [
+        (TrimodalForSequenceClassification, TaskType.SEQ_CLS, AutoPeftModelForSequenceClassification),
+        (TrimodalForSequenceClassification, None, AutoPeftModel),
+        (TrimodalForFrameClassification, TaskType.TOKEN_CLS, AutoPeftModelForTokenClassification),
+        (TrimodalForFrameClassification, None, AutoPeftModel),
+        (TrimodalModel, TaskType.FEATURE_EXTRACTION, AutoPeftModelForFeatureExtraction),
+        (TrimodalModel, None, AutoPeftModel),
+    ],
+)
+def test_auto_classes_load_base_and_adapter(head, task, auto, tmp_path):
+    """From the adapter's folder alone, which names the base's, with or without a task."""
+    base = model_of(head, **({} if head is TrimodalModel else {"num_labels": 3}))
+    base.save_pretrained(tmp_path / "base")
+    model = strengthen(get_peft_model(head.from_pretrained(tmp_path / "base"), config_of(task_type=task))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = auto.from_pretrained(tmp_path / "adapter").eval()
+    assert type(loaded.get_base_model()) is head
+    torch.testing.assert_close(vector(loaded), vector(model), **EXACT)

@@ -1,14 +1,12 @@
-"""Base models that are quantised, in half precision, or kept elsewhere than where they compute."""
-
-import importlib.util
+"""Base models in half precision, or kept elsewhere than where they compute."""
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from generators import CACHE, DECODER, assert_same, difference, generate, generator, prompt, text_prompt
+from generators import CACHE, DECODER, assert_same, generate, generator, prompt, text_prompt
 from helpers import ADD_ADAPTER, adapter_parameters, strengthen
-from peft import PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from peft import get_peft_model
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_read import ReadConfig
 
@@ -17,75 +15,9 @@ BATCH = text_prompt((9, 5, 1))
 TARGETS = r".*mlp\.down_proj"
 
 
-def needs(package):
-    missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"{package} isn't installed")
-
-
-def torchao_config():
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-QUANTISED = [
-    pytest.param(lambda: BitsAndBytesConfig(load_in_8bit=True), id="8 bit", marks=needs("bitsandbytes")),
-    pytest.param(
-        lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
-        id="4 bit",
-        marks=needs("bitsandbytes"),
-    ),
-    pytest.param(torchao_config, id="torchao int8", marks=needs("torchao")),
-]
-
-
-@pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128}
-    LlamaForCausalLM(LlamaConfig(**DECODER | size)).save_pretrained(folder)
-    return folder
-
-
 @torch.no_grad()
 def logits(model):
     return model(**BATCH).logits
-
-
-@pytest.mark.filterwarnings("ignore")  # of the quantisation libraries about this machine
-@pytest.mark.parametrize("quantisation", QUANTISED)
-def test_quantised(quantisation, llama_folder, tmp_path):
-    """Starts as the base, trains the adapter only, decodes with a cache as without, saves and loads."""
-
-    def load():
-        model = LlamaForCausalLM.from_pretrained(llama_folder, device_map="cpu", quantization_config=quantisation())
-        model.generation_config = GenerationConfig(pad_token_id=0)
-        return model.eval()
-
-    base = load()
-    expected = logits(base)
-    model = get_peft_model(base, ReadConfig(r=4, cell="gru", target_modules=TARGETS))
-    assert torch.equal(logits(model), expected)
-    assert all(p.dtype == torch.float32 for p in adapter_parameters(model).values())
-    strengthen(model)
-    adapted = logits(model)
-    assert (adapted - expected).abs().max() > 0.1
-    with torch.no_grad():
-        cached, uncached = (generate(model, BATCH, use_cache=use) for use in (True, False))
-        with model.disable_adapter():
-            assert torch.equal(logits(model), expected)
-            of_base = difference(*(generate(model, BATCH, use_cache=use) for use in (True, False)))
-    assert difference(cached, uncached) <= max(1e-5, 2 * of_base)
-    model(**BATCH).logits.float().log_softmax(-1)[..., 5].mean().backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == set(adapter_parameters(model))
-    assert all(bool(p.grad.isfinite().all()) for p in adapter_parameters(model).values())
-    with model.disable_adapter():
-        assert torch.equal(logits(model), expected)
-    # Last: bitsandbytes' 4 bit layers give something else on a CPU once their `state_dict` was taken.
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(load(), tmp_path).eval()), adapted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

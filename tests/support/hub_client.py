@@ -70,10 +70,22 @@ def publish(folder):
     model.push_to_hub("ann/two")
     keep(folder, "ann/two", model)
 
+    odd_card(model, found)
     trained(folder, found)
     composite(folder)
     readme(folder)
     return found
+
+
+def odd_card(model, found):
+    """A card on the Hub that nothing should read, and a push thereafter."""
+    model.push_to_hub("ann/odd")
+    text = "---\na: &a [1]\nb: *a\n---\nMine.\n"
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="ann/odd")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.push_to_hub("ann/odd", commit_message="with the odd card")
+    found["odd card"] = [str(each.message) for each in caught if "its card isn't" in str(each.message)]
 
 
 def lora(user, token, folder):

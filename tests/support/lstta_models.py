@@ -9,8 +9,9 @@ from torch import nn
 from trimodal_families import BATCH, FAMILIES, FRAMES, IMAGE, SOUNDS, VOCAB, WIDTH, tower
 
 from peft_read import LsttaConfig
-from peft_read.lockstep.composite import LockstepBatch, TowerBatch, run_towers
+from peft_read.lockstep import LockstepBatch, TowerBatch, run_towers
 from peft_read.lockstep.layouts import takes_videos
+from peft_read.lstta.layer import LsttaLayer
 
 
 USUAL = ("vit", "wav2vec2", "bert")
@@ -145,3 +146,17 @@ def assert_same(got, wanted, towers=None, **tolerance):
 def assert_other(got, wanted, towers=None):
     for name in wanted if towers is None else towers:
         assert (got[name] - wanted[name]).abs().max() > 1e-3, name
+
+
+INPUTS = batch_of()
+TOWERS = ("vision", "audio", "text")
+
+
+def blocks_of(model):
+    return [name for name, module in model.named_modules() if isinstance(module, LsttaLayer)]
+
+
+def two_adapters(**options):
+    model = adapted()
+    model.add_adapter("second", LsttaConfig(**{"r": 12, "num_heads": 3, "window": 1} | options))
+    return strengthen(model, "second", seed=1)

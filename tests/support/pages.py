@@ -22,6 +22,8 @@ from transformers import (
     SiglipModel,
     SiglipTextConfig,
     SiglipVisionConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from video_grounding.modeling import GroundingConfig, GroundingModel
@@ -166,6 +168,12 @@ def bert(folder):
     tokenizer().save_pretrained(folder)
 
 
+def t5(folder):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
 def two_adapters(folder):
     model = adapted()
     model.add_adapter("other", peft_read.ReadConfig(r=2, modules_to_save=["classifier"]))
@@ -176,6 +184,7 @@ HUB = {
     "google/siglip-base-patch16-224": siglip,
     "MIT/ast-finetuned-audioset-10-10-0.4593": spectrograms,
     "google-bert/bert-base-uncased": bert,
+    "google-t5/t5-small": t5,
     "your-name/your-adapter": two_adapters,
 }
 

@@ -2,19 +2,10 @@
 
 import warnings
 
-import peft
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    CLIPConfig,
-    CLIPModel,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification, CLIPConfig, CLIPModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trimodal_families import (
     BATCH,
@@ -26,49 +17,16 @@ from trimodal_families import (
     TOKENS,
     VOCAB,
     enable_checkpointing,
-    frame_inputs,
-    sound_inputs,
-    text_inputs,
     tower,
     tower_inputs,
 )
+from trimodal_models import DIM, NAMES, fused, inputs_of, model_of
 
-from peft_read import (
-    TrimodalConfig,
-    TrimodalForFrameClassification,
-    TrimodalForSequenceClassification,
-    TrimodalModel,
-)
-from peft_read.architectures.blocks import find_blocks
-from peft_read.lockstep.composite import LockstepBatch, TowerBatch, run_towers
-from peft_read.lockstep.coroutines import meet
-from peft_read.lstta.layer import show_hidden_states
-from peft_read.trimodal.losses import classification_loss
+from peft_read import TrimodalConfig, TrimodalForSequenceClassification, TrimodalModel
 
 
 # Some DeBERTa's code is scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-NAMES = ("vit", "ast", "bert")
-DIM = 16
-
-
-def model_of(names=NAMES, cls=TrimodalModel, **config):
-    towers = {FAMILIES[name].modality: tower(name) for name in names}
-    torch.manual_seed(0)
-    return cls.from_pretrained_towers(**towers, **{"projection_dim": DIM} | config)
-
-
-def inputs_of(names=NAMES, **batch):
-    inputs = {}
-    for name in names:
-        make = {"vision": frame_inputs, "audio": lambda **kw: sound_inputs(name, **kw), "text": text_inputs}  # noqa: B023
-        inputs |= make[FAMILIES[name].modality](**batch)
-    return inputs
-
-
-@torch.no_grad()
-def fused(model, **inputs):
-    return model(**inputs).pooler_output
 
 
 @pytest.mark.parametrize("names", [NAMES, ("vit", "ast"), ("ast", "bert"), ("vit", "bert")], ids="-".join)
@@ -184,10 +142,7 @@ def test_one_tower_is_refused():
         ({"pixel_values": torch.zeros(3, 4, 3, IMAGE, IMAGE)}, "same number of samples; got {'vision': 3, 'audio': 2"),
         ({"frame_mask": torch.ones(2, 3)}, r"mask of the vision tower has the shape \(2, 3\), expected \(2, 4\)"),
         ({"audio_mask": torch.ones(2, 15)}, r"mask of the audio tower has the shape \(2, 15\), expected \(2, 64\)"),
-        (
-            {"input_values": None, "input_features": torch.zeros(2, 64, 16)},
-            "takes `input_values`, not",
-        ),
+        ({"input_values": None, "input_features": torch.zeros(2, 64, 16)}, "takes `input_values`, not"),
         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "Give either of"),
         ({"input_values": None, "audio_mask": torch.ones(2, 64)}, "a mask for the audio tower, but no input"),
     ],
@@ -336,226 +291,3 @@ def test_embeddings_are_those_of_the_text_tower():
 
 def test_blocks_that_must_not_be_split_are_those_of_the_towers():
     assert {"ViTLayer", "ASTLayer", "BertLayer"} <= set(model_of()._no_split_modules)
-
-
-@pytest.mark.parametrize(
-    ("labels", "problem_type", "expected"),
-    [
-        (torch.tensor([2, 0]), None, lambda x, y: nn.functional.cross_entropy(x, y)),
-        (torch.tensor([2, -100]), None, lambda x, y: nn.functional.cross_entropy(x[:1], y[:1])),
-        (torch.eye(3)[:2], None, lambda x, y: nn.functional.binary_cross_entropy_with_logits(x, y)),
-        (torch.randn(2, 3), "regression", lambda x, y: nn.functional.mse_loss(x, y)),
-    ],
-)
-def test_losses_of_samples(labels, problem_type, expected):
-    model = model_of(cls=TrimodalForSequenceClassification, num_labels=3, problem_type=problem_type)
-    outputs = model(**inputs_of(), labels=labels)
-    assert outputs.logits.shape == (BATCH, 3)
-    torch.testing.assert_close(outputs.loss, expected(outputs.logits, labels))
-
-
-@pytest.mark.parametrize("names", [("vit", "ast", "bert"), ("videomae", "bert"), ("vivit", "wav2vec2")], ids="-".join)
-def test_losses_of_frames(names):
-    """Frames that are padding, or labelled -100, count for nothing."""
-    model = model_of(names, cls=TrimodalForFrameClassification, num_labels=3)
-    frame_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    labels = torch.tensor([[0, -100, 1, 2], [2, 1, 0, 0]])
-    outputs = model(**inputs_of(names), frame_mask=frame_mask, labels=labels)
-    assert outputs.logits.shape == (BATCH, FRAMES, 3)
-    real = (frame_mask == 1) & (labels != -100)
-    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits[real], labels[real]))
-    assert torch.equal(outputs.logits[0, 0], outputs.logits[0, 1]) == (names[0] in ("videomae", "vivit"))
-
-
-def test_saliency_of_frames():
-    model = model_of(cls=TrimodalForFrameClassification, num_labels=1)
-    saliency = torch.rand(BATCH, FRAMES)
-    saliency[0, 1] = -100
-    outputs = model(**inputs_of(), labels=saliency, frame_mask=torch.ones(BATCH, FRAMES))
-    real = saliency >= 0
-    torch.testing.assert_close(outputs.loss, nn.functional.mse_loss(outputs.logits[..., 0][real], saliency[real]))
-
-
-def test_a_frame_is_seen_in_its_own_label():
-    """And a frame's picture in no other frame's, without adapters."""
-    model = model_of(cls=TrimodalForFrameClassification, num_labels=3)
-    inputs = inputs_of()
-    with torch.no_grad():
-        before = model(**inputs).logits
-        inputs["pixel_values"][0, 2] += 1
-        changed = (model(**inputs).logits != before).any(-1)
-    assert changed.tolist() == [[False, False, True, False], [False] * 4]
-
-
-def test_frames_need_pictures():
-    with pytest.raises(ValueError, match="needs a vision tower"):
-        model_of(("ast", "bert"), cls=TrimodalForFrameClassification)
-    inputs = inputs_of()
-    del inputs["pixel_values"]
-    with pytest.raises(ValueError, match="no frames to classify"):
-        model_of(cls=TrimodalForFrameClassification)(**inputs)
-
-
-def test_labels_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"must have the shape \(2, 3\), got \(2, 2\)"):
-        classification_loss(torch.zeros(2, 3), torch.zeros(2, 2))
-    assert classification_loss(torch.ones(2, 3), torch.tensor([-100, -100])) == 0
-
-
-def test_the_auto_classes_know_it(tmp_path):
-    model = model_of(cls=TrimodalForSequenceClassification, num_labels=3)
-    model.save_pretrained(tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is TrimodalConfig
-    assert type(AutoModel.from_pretrained(tmp_path)) is TrimodalModel
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert type(loaded) is TrimodalForSequenceClassification
-    assert torch.equal(loaded(**inputs_of()).logits, model(**inputs_of()).logits)
-    with pytest.raises(ValueError, match="has to say its `model_type`"):
-        TrimodalConfig(text_config={"hidden_size": 3})
-
-
-def test_a_head_is_put_on_a_saved_model(tmp_path):
-    model = model_of()
-    model.save_pretrained(tmp_path)
-    headed = TrimodalForFrameClassification.from_pretrained(tmp_path, num_labels=5)
-    assert torch.equal(fused(headed, **inputs_of()), fused(model, **inputs_of()))
-    assert headed.classifier.out_features == 5
-
-
-def test_trainer_and_peft(tmp_path):
-    """LoRA in the towers and a head through PEFT and transformers' Trainer: loss and predictions as expected."""
-    model = model_of(cls=TrimodalForSequenceClassification, num_labels=3)
-    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
-    adapted = peft.get_peft_model(model, lora)
-    inputs = inputs_of()
-    data = [{k: v[i] for k, v in inputs.items()} | {"labels": i} for i in range(BATCH)]
-    arguments = TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True
-    )
-    trainer = Trainer(adapted, arguments, train_dataset=data, eval_dataset=data)
-    trainer.train()
-    predictions = trainer.predict(data)
-    assert predictions.predictions.shape == (BATCH, 3)
-    assert torch.isfinite(torch.tensor(predictions.metrics["test_loss"]))
-    adapted.save_pretrained(tmp_path / "adapter")
-
-
-def meet_after_blocks(model):
-    """Stands for adapters: lets every tower meet after its first block, to be told the mean of all."""
-    for modality, part in model.towers().items():
-        block = {"vision": lambda: part.layers[0], "audio": lambda: part.layers[0]}.get(modality)  # noqa: B023
-        block = block() if block else part.encoder.layer[0]
-
-        def hook(module, args, output):
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
-            reply = meet(0, hidden)
-            reply = hidden if reply is None else reply
-            return reply if isinstance(output, torch.Tensor) else (reply, *output[1:])
-
-        block.register_forward_hook(hook)
-
-
-BATCHES: list[LockstepBatch] = []
-
-
-def tell_all_the_mean(batch):
-    BATCHES.append(batch)
-
-    def exchange(level, hidden):
-        mean = sum(states.mean() for states in hidden.values())
-        return {name: states + mean for name, states in hidden.items()}
-
-    return exchange
-
-
-@torch.no_grad()
-def test_a_tuner_lets_towers_exchange():
-    """`make_exchange` is given the running batch; without it, and after it, the model is as it was."""
-    model = model_of()
-    expected = fused(model, **inputs_of())
-    meet_after_blocks(model)
-    assert torch.equal(fused(model, **inputs_of()), expected)
-    model.make_exchange = tell_all_the_mean
-    BATCHES.clear()
-    frame_mask = torch.tensor([[1] * 4, [1, 0, 0, 0]])
-    exchanged = fused(model, **inputs_of(), frame_mask=frame_mask)
-    assert (exchanged - expected).abs().max() > 1e-3
-    (batch,) = BATCHES
-    assert batch.size == BATCH
-    assert list(batch.towers) == ["vision", "audio", "text"]
-    assert torch.equal(batch.towers["vision"].mask, frame_mask.bool())
-    assert batch.towers["audio"].mask is None
-    assert batch.towers["audio"].layout.steps == 15
-    del model.make_exchange
-    assert torch.equal(fused(model, **inputs_of()), expected)
-
-
-class OwnComposite(nn.Module):
-    """A composite model of somebody's own, as in the docstring of `run_towers`."""
-
-    def __init__(self):
-        super().__init__()
-        self.vision_model, self.text_model = tower("vit"), tower("bert")
-
-    def forward(self, pixel_values, input_ids, attention_mask):
-        batch = LockstepBatch(
-            size=len(input_ids),
-            towers={
-                "vision": TowerBatch.of("vision", self.vision_model, len(input_ids), pixel_values.shape[1]),
-                "text": TowerBatch.of("text", self.text_model, *input_ids.shape, mask=attention_mask),
-            },
-        )
-        calls = {
-            "vision": lambda: self.vision_model(pixel_values.flatten(0, 1)),
-            "text": lambda: self.text_model(input_ids, attention_mask),
-        }
-        return run_towers(self, calls, batch)
-
-
-@torch.no_grad()
-def test_a_composite_of_ones_own_takes_part():
-    model = OwnComposite()
-    model.towers = lambda: {"vision": model.vision_model, "text": model.text_model}
-    inputs = inputs_of(("vit", "bert"))
-    before = model(**inputs)
-    meet_after_blocks(model)
-    assert torch.equal(model(**inputs)["text"].last_hidden_state, before["text"].last_hidden_state)
-    model.make_exchange = tell_all_the_mean
-    assert (model(**inputs)["text"].last_hidden_state - before["text"].last_hidden_state).abs().max() > 1e-3
-
-
-class Shift(nn.Module):
-    """A block with an adapter behind it."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args, **kwargs):
-        output = self.block(*args, **kwargs)
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        shifted = hidden + 0.5
-        show_hidden_states(hidden, shifted)
-        return shifted if isinstance(output, torch.Tensor) else (shifted, *output[1:])
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-
-@pytest.mark.parametrize("family", ["vit", "timesformer", "ast", "wav2vec2", "bert", "mpnet", "t5", "modernbert"])
-@torch.no_grad()
-def test_hidden_states_are_the_adapted_ones(family):
-    """Of models that collect by hooks, and of those that do so in their forward: what the next block is given."""
-    model = tower(family)
-    seen = []
-    for name in find_blocks(model):
-        parent, _, child = name.rpartition(".")
-        block = Shift(model.get_submodule(name))
-        setattr(model.get_submodule(parent), child, block)
-        block.block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    outputs = model(**tower_inputs(family), output_hidden_states=True)
-    inside = [states for states in outputs.hidden_states if states.shape == seen[1].shape]
-    assert any(torch.equal(states, seen[1]) for states in inside)
