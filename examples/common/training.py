@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from peft_read import PvlaTrainer, PvlaTrainingArguments
 
@@ -47,6 +48,8 @@ def train(
     batch_size: int = 8,
     output_dir: str = "runs",
     description: str = "train",
+    log_steps: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     pvla: dict[str, Any] | None = None,
     pairs: Sequence[dict[str, Any]] | None = None,
     loss: Callable[..., Tensor] | None = None,
@@ -66,6 +69,8 @@ def train(
         batch_size: of all processes together.
         output_dir: the Trainer's folder.
         description: shown with the progress.
+        log_steps: steps between two logged losses; a quarter of all by default.
+        callbacks: of the Trainer.
         pvla: options of PVLA; none by default, and the Trainer is transformers' own.
         pairs: examples without labels, which PVLA aligns in place of `examples`.
         loss: in place of the model's: of its outputs and the labels.
@@ -83,7 +88,7 @@ def train(
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
         max_grad_norm=1.0,
-        logging_steps=max(steps // 4, 1),
+        logging_steps=log_steps or max(steps // 4, 1),
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
@@ -105,6 +110,8 @@ def train(
         compute_loss_func=loss,
     )
     trainer.learning_rates = learning_rates or {}
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if trainer.is_world_process_zero():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{description}: {trained:,} weights, {steps} steps of {batch_size}", flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -35,6 +36,7 @@ FRAMES_PER_CLIP = 4
 CANVAS = 16  # pixels a side, in which an 8 x 8 digit moves
 ZOOM = 2
 NOTHING = len(WORDS)  # class of a frame without a digit
+BLOCKS = 3  # of the text encoder's six, in the tuned base: enough for the task, in half the time
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def render(rng: np.random.Generator, story: Story, images: Digits, frames_per_cl
     return np.repeat(pixels[..., None], 3, axis=-1)
 
 
-def make_dataset(folder: Path, plain: bool = False, training_videos: int = 100) -> None:
+def make_dataset(folder: Path, plain: bool = False, training_videos: int = 100, seed: int = 0) -> None:
     """Write training videos, 100 validation and 200 test videos as mp4, with annotations, unless they exist.
 
     The queries ask for the second of a digit's events; plain ones, about the same videos, for all of them.
@@ -99,12 +101,12 @@ def make_dataset(folder: Path, plain: bool = False, training_videos: int = 100) 
     lines = []
     with finished(folder) as draft:
         (draft / "videos").mkdir()
-        for seed, (split, pool, count) in enumerate(
+        for part, (split, pool, count) in enumerate(
             (("train", "train", training_videos), ("validation", "train", 100), ("test", "test", 200))
         ):
-            rng = np.random.default_rng(100 + seed)
+            rng = np.random.default_rng((seed, part))
             for number in tqdm(range(count), desc=f"make {split} videos", leave=False):
-                story, digit = _story_with_three_of_a_kind(rng)
+                story, digit = story_with_three_of_a_kind(rng)
                 name = f"videos/{split}_{number:03d}.mp4"
                 _write_video(draft / name, render(rng, story, images[pool], FRAMES_PER_CLIP))
                 events = [event for event, d in enumerate(story.digits) if d == digit]
@@ -117,11 +119,11 @@ def make_dataset(folder: Path, plain: bool = False, training_videos: int = 100) 
         (draft / ANNOTATIONS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def make_pairs(folder: Path, videos: int = 400) -> None:
+def make_pairs(folder: Path, videos: int = 400, seed: int = 0) -> None:
     """Write videos with a caption each and no labels, unless they exist: which digits they show, in any order."""
     if is_made(folder):
         return
-    images, rng = digit_images()["train"], np.random.default_rng(200)
+    images, rng = digit_images()["train"], np.random.default_rng((seed, 4))
     lines = []
     with finished(folder) as draft:
         (draft / "videos").mkdir()
@@ -134,7 +136,7 @@ def make_pairs(folder: Path, videos: int = 400) -> None:
         (draft / ANNOTATIONS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def _story_with_three_of_a_kind(rng: np.random.Generator) -> tuple[Story, int]:
+def story_with_three_of_a_kind(rng: np.random.Generator) -> tuple[Story, int]:
     """A story and a digit that is in it at least three times."""
     while True:
         story = make_story(rng)
@@ -154,27 +156,30 @@ def _write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def make_base(folder: Path) -> None:
+def make_base(folder: Path, seed: int = 0) -> None:
     """Make the frame encoder and two base models once, and save them below `folder`, unless they exist.
 
-    `untuned` is the text encoder as it comes, with a projection of the frames; `model` is tuned on plain queries.
+    `untuned` is the text encoder as it comes, with a projection of the frames. `model`, its first blocks, is tuned on
+    plain queries, no longer than it takes to answer them: the better a base is at frames of one digit being alike, the
+    longer an adapter takes to tell them apart, and that time differs from base to base.
     """
     if is_made(folder):
         return
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng((seed, 3))
     images = digit_images()["source"]
     stories = [make_story(rng) for _ in range(1500)]
     frames = np.stack([render(rng, story, images, frames_per_clip=1) for story in stories])
     classes = np.stack([story.digit_of_clip for story in stories])
     with finished(folder) as draft:
-        _make_frame_encoder(draft / "frame_encoder", frames.reshape(-1, *frames.shape[2:]), classes.ravel())
+        make_frame_encoder(draft / "frame_encoder", frames.reshape(-1, *frames.shape[2:]), classes.ravel())
         encode = FrameEncoder(draft / "frame_encoder")
         features = torch.stack([encode(video) for video in tqdm(frames, desc="encode source clips", leave=False)])
         tokenizer = AutoTokenizer.from_pretrained(text_encoder_path())
-        model = _untuned_base(features, torch.from_numpy(classes), tokenizer)
-        model.save_pretrained(draft / "untuned")
+        untuned_base(features, torch.from_numpy(classes), tokenizer).save_pretrained(draft / "untuned")
         tokenizer.save_pretrained(draft / "untuned")
+        model = untuned_base(features, torch.from_numpy(classes), tokenizer, num_hidden_layers=BLOCKS)
+        model.get_input_embeddings().requires_grad_(False)
         examples = []
         for story, video in zip(stories, features, strict=True):
             digit = int(rng.choice(story.digits))
@@ -185,17 +190,25 @@ def make_base(folder: Path) -> None:
             model,
             examples,
             Collator(tokenizer, 0.5, examples),
-            steps=300,
+            steps=200,
             learning_rate=2e-4,
             learning_rates={"frame_projection": 1e-3, "saliency_head": 1e-3},
+            seed=seed,
             description="tune base",
         )
         model.save_pretrained(draft / "model")
         tokenizer.save_pretrained(draft / "model")
 
 
-def _make_frame_encoder(folder: Path, frames: np.ndarray, classes: np.ndarray, steps: int = 400) -> None:
-    """Train a small ResNet to tell the digits, and save it with its image processor."""
+def make_frame_encoder(folder: Path, frames: np.ndarray, classes: np.ndarray, steps: int = 400) -> None:
+    """Train a small ResNet to tell the digits, and save it with its image processor.
+
+    Args:
+        folder: to save to.
+        frames: `(frames, height, width, 3)`, uint8.
+        classes: `(frames,)`, the digit of each, or `NOTHING`.
+        steps: of 128 frames.
+    """
     config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")
     model, head = ResNetModel(config), nn.Linear(64, NOTHING + 1)
     processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -215,14 +228,27 @@ def _make_frame_encoder(folder: Path, frames: np.ndarray, classes: np.ndarray, s
     processor.save_pretrained(folder)
 
 
-def _untuned_base(features: torch.Tensor, classes: torch.Tensor, tokenizer: AutoTokenizer) -> GroundingModel:
-    """The text encoder, with frames projected to the word embedding of the digit that they show (ridge regression)."""
+def untuned_base(
+    features: torch.Tensor, classes: torch.Tensor, tokenizer: AutoTokenizer, **fields: Any
+) -> GroundingModel:
+    """The text encoder, with frames projected to the word embedding of the digit that they show (ridge regression).
+
+    Args:
+        features: `(..., size)`, of frames.
+        classes: `(...)`, their digit, or `NOTHING`.
+        tokenizer: of the text encoder.
+        fields: of its configuration that differ.
+    """
     text_model = AutoModel.from_pretrained(
-        text_encoder_path(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        text_encoder_path(),
+        add_pooling_layer=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **fields,
     )
     words = tokenizer.convert_tokens_to_ids([*WORDS, "nothing"])
     embeddings = text_model.get_input_embeddings().weight.detach()[words]
-    ridge = Ridge(alpha=10.0).fit(features.flatten(0, 1).numpy(), embeddings[classes.flatten()].numpy())
+    ridge = Ridge(alpha=10.0).fit(features.flatten(0, -2).numpy(), embeddings[classes.flatten()].numpy())
     config = GroundingConfig(text_model.config, features.shape[-1], tokenizer.sep_token_id)
     model = GroundingModel(config, text_model)
     with torch.no_grad():

@@ -178,7 +178,7 @@ def test_stories_ask_for_what_order_decides():
 def test_captions_name_what_a_video_shows(tmp_path):
     """The embedded pairs: every digit of the story once, in words, and nothing of order."""
     ordered_digits.make_pairs(tmp_path / "pairs", videos=2)
-    stories = np.random.default_rng(200)
+    stories = np.random.default_rng((0, 4))
     for pair in read_captions(tmp_path / "pairs"):
         story = ordered_digits.make_story(stories)
         ordered_digits.render(stories, story, digit_images()["train"], ordered_digits.FRAMES_PER_CLIP)

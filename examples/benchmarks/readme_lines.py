@@ -1,0 +1,132 @@
+"""The README's lines about what was measured and the tables of `examples/results/README.md`, from the results there.
+
+    python examples/benchmarks/readme_lines.py
+
+Writes both pages, between their marks; a test keeps them true.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))
+
+from comparison.methods import METHODS  # noqa: E402
+from comparison.report import mean_and_spread, of_setting  # noqa: E402
+from low_resource_comparison import tables  # noqa: E402
+from remade_bases import table as bases_table  # noqa: E402
+
+
+RESULTS = EXAMPLES / "results"
+START, END = "<!-- measured -->", "<!-- /measured -->"
+TASKS = {
+    "positions": "Moments, base with positions",
+    "set": "Moments, base that sees frames as a set",
+    "summaries": "Summaries in order, small T5",
+}
+
+
+def pages() -> dict[Path, str]:
+    """Each page as the results make it."""
+    bases = json.loads((RESULTS / "remade_bases.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / "low_resource.json").read_text(encoding="utf-8"))
+    lines = [_first_example(bases), *(_panel(results, panel) for panel in _told(results)), _limits(results)]
+    measured = f"{_made_on(bases)}\n\n{bases_table(bases['runs'])}\n\n{_made_on(results)}\n\n{tables(results)}"
+    return {
+        page: _fill(page.read_text(encoding="utf-8"), text)
+        for page, text in ((EXAMPLES.parent / "README.md", "\n".join(lines)), (RESULTS / "README.md", measured))
+    }
+
+
+def _told(results: dict[str, Any]) -> list[str]:
+    """The panels of which enough was run: READ with both cells, and a peer."""
+    found = {panel: _means(results, panel)[1].keys() for panel in TASKS if panel in results["panels"]}
+    ours = {"read-gru", "read-rnn"}
+    return [panel for panel, methods in found.items() if ours <= methods and any(map(_is_peer, methods))]
+
+
+def _is_peer(method: str) -> bool:
+    return not method.startswith("read-")
+
+
+def _fill(page: str, text: str) -> str:
+    before, _, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"The page needs the marks {START} and {END}.")
+    return f"{before}{START}\n{text}\n{END}{after}"
+
+
+def _made_on(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"`{results['command']}`, on {machine['cpu']}, {machine['cores']} cores; {versions}:"
+
+
+def _first_example(bases: dict[str, Any]) -> str:
+    runs = bases["runs"]
+    parts = []
+    for threads in sorted({run["threads"] for run in runs}):
+        maps = [run["read"]["mAP"] for run in runs if run["threads"] == threads]
+        name = "one thread" if threads == 1 else f"{threads} threads"
+        parts.append(f"{statistics.median(maps):.1f} on {name} ({len(maps)} bases, lowest {min(maps):.1f})")
+    heads = statistics.median(run["head"]["mAP"] for run in runs)
+    return (
+        f"- The first command above, all made anew: READ's median test mAP {', '.join(parts)}; head alone {heads:.1f}."
+    )
+
+
+def _panel(results: dict[str, Any], panel: str) -> str:
+    runs, means = _means(results, panel)
+
+    def told(method: str) -> str:
+        metric = results["panels"][panel]["metrics"][0]
+        return mean_and_spread([run["test"][metric] for run in runs[method]])
+
+    metric, best = results["panels"][panel]["metrics"][0], _best_peer(means)
+    oracle = statistics.mean(results["panels"][panel]["oracle"])
+    bases = len(runs["read-gru"])
+    task = f"{TASKS[panel]} (test {metric}, {bases} base{'s' * (bases > 1)})"
+    ours = f"READ with a GRU {told('read-gru')}, with the paper's tanh RNN {told('read-rnn')}"
+    return f"- {task}: {ours}; best peer: {METHODS[best].label}, {told(best)}; without order {oracle:.1f}."
+
+
+def _limits(results: dict[str, Any]) -> str:
+    """Where READ is behind a peer, and what nothing of this shows."""
+    behind = []
+    for panel in _told(results):
+        means = _means(results, panel)[1]
+        best = _best_peer(means)
+        if means[best] > means["read-gru"]:
+            behind.append(f"{panel} ({METHODS[best].label})")
+    return (
+        f"- READ isn't first in: {', '.join(behind) or 'none of these'}. Videos are synthetic, bases small; none of "
+        "the paper's own results is rerun: [tables, picture, limits](examples/results/README.md)."
+    )
+
+
+def _means(results: dict[str, Any], panel: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """By method, the runs of the first setting, and their mean test score."""
+    metric, (videos, steps) = results["panels"][panel]["metrics"][0], results["settings"][0]
+    runs = of_setting(results["runs"], panel, videos, steps)
+    return runs, {method: statistics.mean(run["test"][metric] for run in some) for method, some in runs.items()}
+
+
+def _best_peer(means: dict[str, float]) -> str:
+    return max(filter(_is_peer, means), key=means.__getitem__)
+
+
+def main() -> None:
+    """Write the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

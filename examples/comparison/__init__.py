@@ -1,0 +1,1 @@
+"""READ and its peers compared under one protocol."""

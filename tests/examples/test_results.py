@@ -1,0 +1,41 @@
+"""What the pages say was measured is what the results say."""
+
+import json
+import sys
+from pathlib import Path
+
+import low_resource_comparison
+import pytest
+
+
+EXAMPLES = Path(low_resource_comparison.__file__).parent
+RESULTS = EXAMPLES / "results"
+
+
+@pytest.fixture
+def readme_lines(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES / "benchmarks"), *sys.path])
+    return pytest.importorskip("readme_lines")
+
+
+def test_pages_say_what_the_results_say(readme_lines):
+    """The front page's lines and the tables are made of the results; after a new run the script writes them anew."""
+    for path, text in readme_lines.pages().items():
+        assert path.read_text(encoding="utf-8") == text, "run: python examples/benchmarks/readme_lines.py"
+
+
+@pytest.mark.parametrize("name", ["low_resource", "remade_bases"])
+def test_results_say_where_they_are_from(name):
+    """Command, processor, cores and versions; each run once."""
+    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert (EXAMPLES.parent / results["command"].split()[1]).is_file()
+    assert results["machine"].keys() >= {"cpu", "cores", "versions"}
+    assert results["machine"]["versions"].keys() >= {"torch", "transformers", "peft", "python"}
+    keys = ("panel", "method", "videos", "steps", "seed", "rate", "threads")
+    runs = [tuple(run.get(key) for key in keys) for run in results["runs"]]
+    assert len(runs) == len(set(runs)) > 0
+
+
+def test_a_page_without_marks_is_named(readme_lines):
+    with pytest.raises(ValueError, match="The page needs the marks"):
+        readme_lines._fill("no marks", "text")
