@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import gc
 import os
 
 import torch
@@ -24,3 +25,14 @@ def pytest_configure(config):
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     ):
         config.addinivalue_line("filterwarnings", reason)
+
+
+def pytest_collection_finish(session):
+    """What is imported by now needs no collection, which each Trainer asks for: a third of a second less each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(config):
+    """What was kept from collection goes when Python ends."""
+    gc.unfreeze()

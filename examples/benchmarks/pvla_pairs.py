@@ -2,21 +2,22 @@
 
     python examples/benchmarks/pvla_pairs.py
 
-A text encoder as it comes, frozen, adapted by READ; the projection of the frames is new. 24 clips a video, from files;
-a labelled video has a query, "the five" (all its moments; `plain`) or "the second five" (`second`), and each clip a
-label. Pairs are other videos, with captions and no labels. All is trained by `PvlaTrainer`, in one stage unless said
-otherwise. A seed chooses the labelled videos, the initialisation and all orders; differences are paired by seed.
+A text encoder as it comes, frozen and in bfloat16, adapted by READ; the projection of the frames is new. 24 clips a
+video, from files; a labelled video has a query, "the five" (all its moments; `plain`) or "the second five" (`second`),
+and each clip a label. Pairs are other videos, with captions and no labels. All is trained by `PvlaTrainer`, in one
+stage unless said otherwise. A seed chooses the labelled videos, the initialisation and all orders; differences are
+paired by seed.
 
 It says first how long it will take, runs what tells most before the rest, writes each result as it comes to a file of
 JSON, and goes on there when it is started again. `--minutes` stops it in time; `--table` prints what there is;
-`--tune` chooses weights and rates on validation videos, with seeds of its own; `--everything` adds all other rows.
+`--tune`, which comes first, chooses weights and rates on validation videos, with seeds of its own; `--everything` adds
+all other rows and cells.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import re
@@ -24,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,26 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
+from alignment_study.results import Results, chosen_options, print_table  # noqa: E402
+from alignment_study.rows import (  # noqa: E402
+    CELLS,
+    MORE_CELLS,
+    MORE_ROWS,
+    OPTIONS,
+    PLANS_LOOKED_AT,
+    POOL,
+    RATE,
+    ROWS,
+    SEEDS,
+    STEPS,
+    TUNED_ON,
+    TUNING_SEEDS,
+    Row,
+    Run,
+)
 from common.embedded import WORDS  # noqa: E402
 from common.training import train  # noqa: E402
-from finetune_video import FEATURE_NOISE, LEARNING_RATE, adapt, load_base  # noqa: E402
+from finetune_video import FEATURE_NOISE, adapt, load_base  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from video_grounding import ordered_digits  # noqa: E402
 from video_grounding.annotations import read_annotations, read_captions  # noqa: E402
@@ -50,113 +68,6 @@ from peft_read import PvlaTrainer, VideoTextStates  # noqa: E402
 
 
 RESULTS = Path(__file__).with_suffix(".json")
-STEPS = {"plain": 200, "second": 400}
-POOL = 300  # labelled videos, of which a seed takes some
-SEEDS, FIRST_TUNING_SEED = list(range(200, 205)), 900
-# PVLA's weight and the projection's rate: all that is tried on validation videos.
-OPTIONS = ((3.0, 3e-3), (1.0, 3e-3), (10.0, 3e-3), (3.0, 1e-3), (3.0, 1e-2))
-TUNED_ON = (("plain", 25), ("second", 50))  # what weights and rates are chosen on
-ALONE, CONTRASTIVE = "READ alone", "contrastive .5, 400 pairs"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A way to train.
-
-    Attributes:
-        pvla: options of PVLA beside the weight; None: without it.
-        pairs: how many captioned videos are aligned; 0: the labelled videos with their own queries.
-        others: whether each pair has the caption of another video.
-        captions: `"natural"`, or `"digits"` for the words of digits alone.
-        pooled: whether the means of frames and words are compared.
-        stages: 1; 2: pairs first, on their own, then the labels, with the projection frozen; 0: pairs alone.
-        ridge: whether the projection is the regression onto words by the labels of single frames, and frozen.
-        like: the row of which it has weight and rate, as its control; None: its own.
-    """
-
-    pvla: dict[str, Any] | None = field(default_factory=dict)
-    pairs: int = 0
-    others: bool = False
-    captions: str = "natural"
-    pooled: bool = False
-    stages: int = 1
-    ridge: bool = False
-    like: str | None = None
-
-
-NEGATIVES = {"pvla_negatives": True}
-# What tells most, in this order.
-ROWS: dict[str, Row] = {
-    ALONE: Row(None),
-    CONTRASTIVE: Row(NEGATIVES, 400),
-    "partial .5 (the paper's form), labelled videos": Row(),
-    "contrastive .5, 400 pairs, captions of other videos": Row(NEGATIVES, 400, others=True, like=CONTRASTIVE),
-    "full, labelled videos": Row({"pvla_mass": 1.0}),
-}
-MORE_ROWS: dict[str, Row] = {
-    "contrastive .5, labelled videos": Row(NEGATIVES),
-    "partial .5, 400 pairs": Row(pairs=400),
-    "partial .5, 400 pairs, captions of other videos": Row(pairs=400, others=True, like="partial .5, 400 pairs"),
-    "contrastive 1, 400 pairs": Row(NEGATIVES | {"pvla_mass": 1.0}, 400),
-    "contrastive .5, 100 pairs": Row(NEGATIVES, 100, like=CONTRASTIVE),
-    "contrastive .5, 400 pairs, digit words only": Row(NEGATIVES, 400, captions="digits", like=CONTRASTIVE),
-    "partial .25, labelled videos": Row({"pvla_mass": 0.25}),
-    "partial .75, labelled videos": Row({"pvla_mass": 0.75}),
-    "mean cosine, labelled videos": Row(pooled=True),
-    "mean cosine, 400 pairs": Row(pairs=400, pooled=True),
-    "mean InfoNCE, 400 pairs": Row(NEGATIVES, 400, pooled=True),
-    "mean InfoNCE, 400 pairs, captions of other videos": Row(
-        NEGATIVES, 400, pooled=True, others=True, like="mean InfoNCE, 400 pairs"
-    ),
-    "contrastive .5, 400 pairs, two stages": Row(NEGATIVES, 400, stages=2, like=CONTRASTIVE),
-    "contrastive .5, 400 pairs, no labels: matching by cosine": Row(NEGATIVES, 400, stages=0, like=CONTRASTIVE),
-    "ridge map on frame labels (upper bound)": Row(None, ridge=True, like=ALONE),
-}
-CELLS = (("plain", 25), ("second", 50), ("plain", 50), ("second", 100), ("plain", 100), ("second", 25))
-MORE_CELLS = (("plain", 10), ("second", 10))
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is run once.
-
-    Attributes:
-        task: `"plain"` or `"second"`.
-        labels: number of labelled videos.
-        row: the name of the way to train.
-        seed: of everything.
-        weight: of PVLA.
-        rate: the projection's learning rate.
-        steps: of training.
-    """
-
-    task: str
-    labels: int
-    row: str
-    seed: int
-    weight: float
-    rate: float
-    steps: int
-
-
-class Results:
-    """Finished runs in a file, which is written anew, whole, after each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
-
-    def of(self, **fields: Any) -> list[dict[str, Any]]:
-        """Those with these fields."""
-        return [entry for entry in self.entries if all(entry[name] == value for name, value in fields.items())]
-
-    def add(self, run: Run, found: dict[str, Any]) -> None:
-        """Keep what a run gave."""
-        self.entries.append(asdict(run) | found)
-        draft = self.path.with_suffix(".draft")
-        lines = ",\n".join(json.dumps(entry) for entry in self.entries)
-        draft.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        os.replace(draft, self.path)
 
 
 @dataclass
@@ -179,16 +90,16 @@ def main() -> None:
         print_budget(runs, results)
         if runs:
             run_all(args, runs, results)
-    print_table(args, results)
+    print_table(results)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds")
-    parser.add_argument("--everything", action="store_true", help="all rows, and 10 labels")
-    parser.add_argument("--rows", help="only rows whose names match this regular expression")
-    parser.add_argument("--cells", nargs="+", help="only these, such as plain-25")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds")
+    parser.add_argument("--everything", action="store_true", help="all rows in all cells")
+    parser.add_argument("--rows", help="only rows whose names match this regular expression, of all there are")
+    parser.add_argument("--cells", nargs="+", help="only these, of all there are, such as plain-25")
     parser.add_argument("--tune", action="store_true", help="choose weights and rates on validation videos")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after the run at which these are over"
@@ -200,49 +111,29 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen_rows(args: argparse.Namespace) -> dict[str, Row]:
-    """Methods by the command line."""
-    rows = ROWS | (MORE_ROWS if args.everything or args.rows else {})
-    return {name: row for name, row in rows.items() if args.rows is None or re.search(args.rows, name)}
-
-
-def chosen_cells(args: argparse.Namespace) -> list[tuple[str, int]]:
-    """Tasks and numbers of labels by the command line."""
-    cells = [*CELLS, *(MORE_CELLS if args.everything or args.cells else ())]
-    return [(task, labels) for task, labels in cells if args.cells is None or f"{task}-{labels}" in args.cells]
-
-
 def planned(args: argparse.Namespace, results: Results) -> Iterable[Run]:
-    """All runs, in order: a seed of every cell before the next seed."""
+    """All runs, in order: cell by cell, and there seed by seed."""
+    every = args.everything or args.rows is not None
+    rows = {name: row for name, row in (ROWS | MORE_ROWS).items() if re.search(args.rows or "", name)}
     if args.tune:
-        cells = [cell for cell in TUNED_ON if args.cells is None or "{}-{}".format(*cell) in args.cells]
-        for (task, labels), options in itertools.product(cells, OPTIONS):
-            for name, row in chosen_rows(args).items():
-                if row.like is None and (row.pvla is not None or options[0] == OPTIONS[0][0]):
-                    yield Run(task, labels, name, FIRST_TUNING_SEED, *options, STEPS[task])
+        names = [name for name, row in rows.items() if row.like is None and (every or name in ROWS)]
+        for seed, (weight, rate), name in itertools.product(args.seeds or TUNING_SEEDS, OPTIONS, names):
+            if rows[name].pvla is not None or weight == OPTIONS[0][0]:
+                yield Run(*TUNED_ON, name, seed, weight, rate, STEPS[TUNED_ON[0]])
         return
-    for seed in args.seeds:
-        for task, labels in chosen_cells(args):
-            for name in chosen_rows(args):
-                yield Run(task, labels, name, seed, *chosen_options(results, task, name), STEPS[task])
-
-
-def chosen_options(results: Results, task: str, row: str) -> tuple[float, float]:
-    """Weight and rate that did best on validation, on the task if they were tried there, else on the other."""
-    row = (ROWS | MORE_ROWS)[row].like or row
-    tuning = [entry for entry in results.of(row=row) if entry["seed"] >= FIRST_TUNING_SEED]
-    tuning = [entry for entry in tuning if entry["task"] == task] or tuning
-    if not tuning:
-        return OPTIONS[0]
-    best = max(tuning, key=lambda entry: entry["validation mAP"])
-    return best["weight"], best["rate"]
+    cells = [*CELLS, *(MORE_CELLS if args.everything or args.cells else ())]
+    for (task, labels), seed in itertools.product(cells, args.seeds or SEEDS):
+        if args.cells and f"{task}-{labels}" not in args.cells:
+            continue
+        for name in rows if every else list(ROWS)[: CELLS.get((task, labels))]:
+            yield Run(task, labels, name, seed, *chosen_options(results, name), STEPS[task] * rows[name].longer)
 
 
 def print_budget(runs: Sequence[Run], results: Results) -> None:
     """How many runs there are to do, and how long they take, by those that are done."""
-    per_step = [entry["CPU seconds"] / entry["steps"] for entry in results.entries] or [0.25]
+    per_step = [entry["CPU seconds"] / entry["steps"] for entry in results.entries] or [0.05]
     seconds = statistics.mean(per_step) * sum(run.steps for run in runs)
-    basis = f"by {len(results.entries)} finished ones" if results.entries else "at 0.25 seconds a step"
+    basis = f"by {len(results.entries)} finished ones" if results.entries else "at 0.05 seconds a step"
     print(f"{len(runs)} runs to do, {seconds / 3600:.1f} CPU hours {basis}; making the data comes first.", flush=True)
 
 
@@ -258,7 +149,7 @@ def run_all(args: argparse.Namespace, runs: Sequence[Run], results: Results) -> 
             return
         found = do(run, (ROWS | MORE_ROWS)[run.row], materials)
         results.add(run, found)
-        shown = f"validation {found['validation mAP']}, test {found['test mAP']}, {found['CPU seconds']} CPU s"
+        shown = ", ".join(f"{name} {found[name]}" for name in found if name.endswith(" mAP") or name == "CPU seconds")
         print(f"{number}/{len(runs)} {run.task} {run.labels} seed {run.seed}, {run.row}: {shown}", flush=True)
 
 
@@ -295,6 +186,7 @@ def do(run: Run, row: Row, materials: Materials) -> dict[str, Any]:
     few = random.Random(run.seed).sample(splits["train"], run.labels)
     pairs = chosen_pairs(run, row, materials) if row.pairs else None
     model = load_base(str(materials.base / "untuned"), few[0]["frame_features"].shape[-1])
+    model.text_model.set_attn_implementation("eager")  # the fused one's backward in bfloat16 is slower on CPUs
     model = adapt(model, "read", None, run.seed, new_projection=not row.ridge)
     if row.stages != 1:
         trainer = fit(run, row, model, few, pairs, materials, loss=no_task)
@@ -304,15 +196,14 @@ def do(run: Run, row: Row, materials: Materials) -> dict[str, Any]:
         trainer = fit(run, Row(None) if row.stages == 2 else row, model, few, pairs, materials)
     found: dict[str, Any] = {}
     if trainer.args.uses_pvla and not row.pooled:
-        found |= what_is_matched(trainer, splits["test"], materials)
-    found["test mAP of matching by cosine"] = round(matching_map(model, splits["test"], materials), 2)
-    for split in ("validation", "test"):
-        trainer.data_collator = Collator(materials.tokenizer)
-        metrics = grounding_metrics(predict(trainer, splits[split]), splits[split])
-        found |= {f"{split} {name}": round(value, 2) for name, value in metrics.items()}
+        found |= what_is_matched(trainer, splits["test"][:PLANS_LOOKED_AT], materials)
+    split = "validation" if run.seed >= TUNING_SEEDS[0] else "test"
+    found["mAP of matching by cosine"] = round(matching_map(model, splits[split], materials), 2)
+    trainer.data_collator = Collator(materials.tokenizer)
+    metrics = grounding_metrics(predict(trainer, splits[split]), splits[split])
+    found |= {f"{split} {name}": round(value, 2) for name, value in metrics.items()}
     if row.stages == 0:
-        for split in ("validation", "test"):
-            found[f"{split} mAP"] = round(matching_map(model, splits[split], materials), 2)
+        found[f"{split} mAP"] = found["mAP of matching by cosine"]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     found["task loss"] = round(logged.get("task_loss", logged["loss"]), 4)
     found["CPU seconds"] = round(time.process_time() - start, 1)
@@ -332,7 +223,7 @@ def fit(
         few,
         Collator(materials.tokenizer, FEATURE_NOISE, few),
         steps=run.steps,
-        learning_rate=LEARNING_RATE,
+        learning_rate=RATE,
         learning_rates={"frame_projection": run.rate},
         seed=run.seed,
         description=f"{run.task} {run.labels} {run.row} {run.seed}",
@@ -340,6 +231,7 @@ def fit(
         pairs=None if options is None else pairs,
         loss=loss,
         states=mean_states if row.pooled else None,
+        bf16=True,
     )
 
 
@@ -411,38 +303,6 @@ def what_is_matched(trainer: PvlaTrainer, examples: Examples, materials: Materia
         "mass on relevant frames, over their share": round(statistics.mean(relevant), 2),
         "mass on the digit's word": round(statistics.mean(named), 2),
     }
-
-
-def print_table(args: argparse.Namespace, results: Results) -> None:
-    """Of each cell the results, and the differences to READ alone on the same seeds."""
-    print("\n| task, labelled videos | method (weight; projection's rate) | seeds | test mAP | difference | by seed |")
-    print("|---|---|---|---|---|---|")
-    for task, labels in [*CELLS, *MORE_CELLS]:
-        for name in ROWS | MORE_ROWS:
-            weight, rate = chosen_options(results, task, name)
-            same = {"task": task, "labels": labels, "steps": STEPS[task]}
-            found = {
-                e["seed"]: e["test mAP"]
-                for e in results.of(row=name, weight=weight, rate=rate, **same)
-                if e["seed"] < FIRST_TUNING_SEED
-            }
-            if not found:
-                continue
-            base_weight, base_rate = chosen_options(results, task, ALONE)
-            base = results.of(row=ALONE, weight=base_weight, rate=base_rate, **same)
-            alone = {entry["seed"]: entry["test mAP"] for entry in base}
-            differences = [value - alone[seed] for seed, value in found.items() if seed in alone and name != ALONE]
-            shown = f"{name} ({weight:g}; {rate:g})" if name != ALONE else f"{name} ({rate:g})"
-            difference = mean_and_spread(differences, "+") if differences else ""
-            by_seed = ", ".join(f"{each:+.1f}" for each in differences)
-            score = mean_and_spread(list(found.values()))
-            print(f"| {task}, {labels} | {shown} | {len(found)} | {score} | {difference} | {by_seed} |")
-
-
-def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
-    """For a table: `12.3 ± 0.4`."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def train(
     pairs: Sequence[dict[str, Any]] | None = None,
     loss: Callable[..., Tensor] | None = None,
     states: Callable[..., Any] | None = None,
+    bf16: bool = False,
 ) -> PvlaTrainer:
     """Train what is trainable in `model`, in place, as `OPTIMIZER` says.
 
@@ -74,6 +75,7 @@ def train(
         pairs: examples without labels, which PVLA aligns in place of `examples`.
         loss: in place of the model's: of its outputs and the labels.
         states: what PVLA compares, in place of its `pvla_states`: of the model, a batch and the outputs.
+        bf16: whether matrix products run in bfloat16, on a CPU as well.
     """
     processes = join_processes().num_processes
     if batch_size % processes:
@@ -93,6 +95,8 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
         seed=seed,
+        bf16=bf16,
+        use_cpu=bf16 and not torch.cuda.is_available(),
         **({"pvla_weight": 0.0} | (pvla or {})),
     )
     trainer = RatesTrainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class PairBatches:
             # A generator of its own: a loader draws its workers' seed from torch's, which a resumed run has set.
             loader = DataLoader(
                 self.dataset,
-                batch_sampler=_IndicesFrom(self, step),
+                batch_sampler=map(self.indices, count(step)),
                 collate_fn=self.collate,
                 num_workers=self.workers,
                 generator=torch.Generator().manual_seed(self.seed),
@@ -82,17 +83,3 @@ class PairBatches:
             for epoch in {first // size, (first + self.batch_size - 1) // size}
         }
         return [orders[place // size][place % size] for place in range(first, first + self.batch_size)]
-
-
-class _IndicesFrom:
-    """The indices of all batches from a step on, without an end."""
-
-    def __init__(self, pairs: PairBatches, step: int) -> None:
-        self.pairs = pairs
-        self.step = step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.step
-        while True:
-            yield self.pairs.indices(step)
-            step += 1

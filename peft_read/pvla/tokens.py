@@ -67,7 +67,7 @@ class TokenMasks:
         text = choose_words(text, batch, self.chosen)
         if valid is not None and valid.shape == video.shape:
             video, text = video & valid.bool(), text * valid.bool()
-        return video, text
+        return video, text * ~video  # a mask of words may say something of placeholders, too
 
     def describe(self, batch: Batch) -> str:
         """What is taken for video and for words in a batch, in a sentence."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -350,22 +349,16 @@ def test_the_model_starts_from_what_its_tower_knows(tiny_towers):
     assert digit_head(tiny_towers.audio, answers) is None
 
 
-def run(*arguments):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["", str(SCRIPT.parents[1])]).strip(os.pathsep)}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_a_users_own_clips_and_towers(tmp_path, tiny_towers):
+def test_a_users_own_clips_and_towers(tmp_path, tiny_towers, monkeypatch, capfd):
     """Data folder in, table, picture and adapter out; the script itself checks the adapter in a new process."""
     data = write_data(tmp_path / "data")
-    models = ["--vision", tiny_towers.vision, "--audio", tiny_towers.audio, "--text", tiny_towers.text]
+    arguments = ["--vision", tiny_towers.vision, "--audio", tiny_towers.audio, "--text", tiny_towers.text]
+    arguments += ["--data", data, "--frames", 4, "--output", tmp_path / "out", "--steps", 2]
     methods = ["lstta", "sound+text", "shuffled-sound", "late-mlp", "late-attention"]
-    done = run(
-        "--data", data, *models, "--frames", 4, "--output", tmp_path / "out", "--steps", 2, "--methods", *methods
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Loaded again in a new process: test F1" in done.stdout
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(SCRIPT.parents[1])]))  # of a process that it starts
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--methods", *methods])
+    trimodal_question_answering.main()
+    assert "Loaded again in a new process: test F1" in capfd.readouterr().out
     assert (tmp_path / "out" / "answers.png").stat().st_size > 5000
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert "| data | test | micro F1 |" in (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")

@@ -4,11 +4,14 @@ import pytest
 import torch
 from alignment import (
     CASES,
+    VISUAL,
     Case,
     bart,
     bert,
     generated,
+    llava,
     marked,
+    pictured,
     step_by_hand,
     steps_logged,
     trainer_of,
@@ -18,6 +21,7 @@ from alignment_inputs import MODELS, Tokens, grounding, of_grounding, watched
 from video_grounding.features import Collator
 
 from peft_read import PvlaTrainingArguments, VideoTextStates
+from peft_read.pvla.tokens import TokenMasks
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -191,6 +195,15 @@ def test_words_that_count(name, tmp_path):
         mask = batch["text_token_mask"][:, : text.shape[1]]
         expected = PvlaLoss(reg=REG, n_iter=ITERATIONS)(video, text, batch["frame_mask"], mask)
         assert found == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
+def test_a_placeholder_is_no_word():
+    """Weights that a user gives to every token, such as 1 where nothing else is known, leave video video."""
+    masks, batch = TokenMasks(llava()), _stack(pictured())
+    video, text = masks(batch | {"text_token_mask": torch.full(batch["input_ids"].shape, 0.5)})
+    assert torch.equal(video, batch["input_ids"] == VISUAL)
+    assert torch.equal(text > 0, masks(batch)[1])
+    assert set(text.unique().tolist()) == {0.0, 0.5}
 
 
 def _stack(examples):

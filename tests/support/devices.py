@@ -1,5 +1,6 @@
 """Training runs as users make them, by one process or two, plainly or sharded, and what is compared of them."""
 
+import gc
 import os
 import signal
 import socket
@@ -240,3 +241,4 @@ def join(rank, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    gc.freeze()  # as `conftest.py` does
