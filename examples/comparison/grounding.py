@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from common.embedded import WORDS, digit_images, text_encoder_path
-from common.files import finished
+from common.files import finished, is_made
 from common.training import train
 from sklearn.metrics import average_precision_score
 from torch import nn
@@ -57,7 +57,7 @@ class GroundingTask:
     def make_videos(self, seed: int) -> Path:
         """Make videos and frame encoder of a seed, unless they exist; returns their folder."""
         videos = self._folder("videos", seed)
-        if not videos.exists():
+        if not is_made(videos):
             with finished(videos) as draft:
                 _make_videos(draft, seed)
         return videos
@@ -65,7 +65,7 @@ class GroundingTask:
     def make(self, seed: int) -> None:
         """Make videos, frame encoder and base of a seed, unless they exist."""
         videos, base = self.make_videos(seed), self._folder(self.panel, seed)
-        if not base.exists():
+        if not is_made(base):
             with finished(base) as draft:
                 self._make_base(draft, torch.load(videos / "source.pt", weights_only=False), seed)
 

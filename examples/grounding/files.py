@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from common import json_lines
 
 
 # Features of one video from different networks differ by a row or two in length; more is another video.
@@ -143,16 +144,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     if not path.is_file():
         raise FileNotFoundError(f"The annotations {path} aren't there.")
     empty = True
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not text.strip():
-            continue
-        empty, line = False, f"{path}:{number}"
-        try:
-            entry = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{line}: not valid JSON ({error}).") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{line}: expected an object, got {type(entry).__name__}.")
+    for entry, line in json_lines.read_json_lines(path):
+        empty = False
         yield entry, line
     if empty:
         raise ValueError(f"{path} has no lines.")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from common.embedded import WORDS, digit_images
-from common.files import finished
+from common.files import finished, is_made
 from common.training import train
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -82,7 +82,7 @@ def make_caption_base(
         steps: of the base's training, of 16 videos.
         frame_encoder: one that is there already.
     """
-    if folder.exists():
+    if is_made(folder):
         return
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 11))

@@ -11,7 +11,7 @@ import av
 import numpy as np
 from common.annotations import ANNOTATIONS
 from common.embedded import WORDS, Digits, digit_images
-from common.files import finished
+from common.files import finished, is_made
 from tqdm import tqdm
 
 from .data import Window
@@ -87,7 +87,7 @@ def render(rng: np.random.Generator, story: Story, images: Digits) -> np.ndarray
 
 def make_dataset(folder: Path, counts: dict[str, int] = COUNTS, seed: int = 100) -> None:
     """Write videos as mp4 with questions for the second of a digit's events, unless they exist."""
-    if folder.exists():
+    if is_made(folder):
         return
     images = digit_images()
     lines = []

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common.embedded import WORDS, digit_images
-from common.files import finished
+from common.files import finished, is_made
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -41,7 +41,7 @@ def make_base(folder: Path, *, samples: int = 3000, steps: int = 1200) -> None:
     Vision tower and connector learn to give each frame the embedding of its digit's word; then, frozen, they give the
     language tower frames, of which it learns to say what they show, and which show a digit that is asked for.
     """
-    if folder.exists():
+    if is_made(folder):
         return
     torch.manual_seed(0)
     rng, images, processor = np.random.default_rng(0), digit_images()["source"], make_processor()
