@@ -10,6 +10,7 @@ import pytest
 import torch
 from media_files import RATE, SIDE, TONE, tokenizer, write_video, write_wav
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     ASTFeatureExtractor,
     AutoProcessor,
@@ -75,6 +76,14 @@ def test_resampled_sound_keeps_its_pitch():
     assert resample(wave, 8000, 8000) is not None
 
 
+@pytest.mark.parametrize(("rate", "wanted"), [(8000, RATE), (44100, RATE), (RATE, 48000)])
+def test_no_sound_is_lost_at_the_end(rate, wanted):
+    """Down to the last sample, of long sounds and of short ones."""
+    for count in (rate, 441):
+        wave = np.sin(np.arange(count) / 5).astype(np.float32)
+        assert abs(len(resample(wave, rate, wanted)) - count * wanted / rate) <= 1
+
+
 def test_a_batch_of_files(tmp_path):
     """Videos of different lengths with their own tracks: sampled, filled up, masked."""
     paths = [write_video(tmp_path / "long.mp4", 8), write_video(tmp_path / "short.mp4", 3)]
@@ -113,6 +122,18 @@ def test_missing_media_are_masked_out(tmp_path):
     assert batch["attention_mask"].sum(1).tolist() == [0, 1, 0]
     without = processor()(videos=paths[:1], audio="videos", text=[None])
     assert set(without) == {"pixel_values", "frame_mask", "frame_times"}
+
+
+def test_a_missing_text_is_masked_out_with_what_the_tokenizer_adds():
+    """Such as [CLS] and [SEP], of which BERT's makes every text."""
+    words = tokenizer()
+    special = [("[CLS]", 6), ("[SEP]", 7)]
+    words.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    made = TrimodalProcessor(None, Wav2Vec2FeatureExtractor(do_normalize=False), words)
+    batch = made(audio=[np.zeros(1600, np.float32)] * 2, text=[None, "heard"], sampling_rate=RATE)
+    assert batch["input_ids"].tolist()[1] == [6, 4, 7]
+    assert batch["attention_mask"].tolist() == [[0, 0, 0], [1, 1, 1]]
 
 
 def test_wav_files_and_waveforms(tmp_path):
