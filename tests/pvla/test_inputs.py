@@ -2,22 +2,10 @@
 
 import pytest
 import torch
-from alignment import (
-    CASES,
-    VISUAL,
-    Case,
-    bart,
-    bert,
-    generated,
-    llava,
-    marked,
-    pictured,
-    step_by_hand,
-    steps_logged,
-    trainer_of,
-    weights,
-)
+from alignment import CASES, Case, step_by_hand, steps_logged, trainer_of, weights
+from alignment_batches import generated, marked, pictured
 from alignment_inputs import MODELS, Tokens, grounding, of_grounding, watched
+from alignment_models import VISUAL, bart, bert, llava
 from video_grounding.features import Collator
 
 from peft_read import PvlaTrainingArguments, VideoTextStates

@@ -6,18 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from alignment import (
-    CASES,
-    SAMPLES,
-    arguments,
-    bert,
-    collate,
-    marked,
-    steps_logged,
-    tokenizer,
-)
+from alignment import CASES, arguments, collate, steps_logged, tokenizer
 from alignment import trainer_of as make_trainer
+from alignment_batches import SAMPLES, marked
 from alignment_inputs import MODELS
+from alignment_models import bert
 from datasets import Dataset
 from transformers import default_data_collator
 

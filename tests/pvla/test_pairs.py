@@ -13,18 +13,16 @@ from alignment import (
     REG,
     alignment,
     arguments,
-    bert,
     collate,
-    marked,
-    pictured,
-    spoken,
     step_by_hand,
     steps_logged,
     tokenizer,
     trainer_of,
     weights,
 )
+from alignment_batches import marked, pictured, spoken
 from alignment_inputs import MODELS, grounding, of_grounding, watched
+from alignment_models import bert
 from datasets import Dataset, IterableDataset
 from torch import nn
 

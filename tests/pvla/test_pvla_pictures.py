@@ -5,20 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from alignment import (
-    CASES,
-    ITERATIONS,
-    REG,
-    VISUAL,
-    alignment,
-    collate,
-    forward,
-    marked,
-    places,
-    steps_logged,
-    tokenizer,
-    trainer_of,
-)
+from alignment import CASES, ITERATIONS, REG, alignment, collate, forward, steps_logged, tokenizer, trainer_of
+from alignment_batches import marked, places
+from alignment_models import VISUAL
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

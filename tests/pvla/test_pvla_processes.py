@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from alignment import CASES, CAUSAL, marked, spoken, steps_logged, trainer_of, weights
+from alignment import CASES, CAUSAL, steps_logged, trainer_of, weights
+from alignment_batches import marked, spoken
 from alignment_inputs import MODELS, mean_over_frames, watched
 from devices import free_port, join
 

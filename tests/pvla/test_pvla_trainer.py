@@ -5,23 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from alignment import (
-    CASES,
-    CAUSAL,
-    SAMPLES,
-    Case,
-    bart,
-    bert,
-    build,
-    generated,
-    marked,
-    spoken,
-    step_by_hand,
-    steps_logged,
-    trainer_of,
-    weights,
-    words,
-)
+from alignment import CASES, CAUSAL, Case, step_by_hand, steps_logged, trainer_of, weights
+from alignment_batches import SAMPLES, generated, marked, spoken, words
+from alignment_models import bart, bert, build
 from alignment_runs import named, read_gradients, trained, without_video
 from models import bert_config, llama_config, t5_config
 from torch import nn

@@ -11,24 +11,18 @@ from alignment import (
     CASES,
     CAUSAL,
     Case,
-    adapt,
     alignment,
     arguments,
-    bert,
-    build,
     collate,
     forward,
-    generated,
-    marked,
-    pictured,
-    places,
-    spoken,
     step_by_hand,
     steps_logged,
     tokenizer,
     trainer_of,
     weights,
 )
+from alignment_batches import generated, marked, pictured, places, spoken
+from alignment_models import adapt, bert, build
 from alignment_runs import named, read_gradients, trained, without_video
 from datasets import Dataset, IterableDataset
 from helpers import EXACT, adapter_parameters, strengthen

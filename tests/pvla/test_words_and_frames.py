@@ -4,27 +4,10 @@ import logging
 
 import pytest
 import torch
-from alignment import (
-    CASES,
-    PATCH,
-    VIDEO,
-    Case,
-    bart,
-    bert,
-    filmed,
-    first_tokens,
-    generated,
-    joined,
-    marked,
-    places,
-    qwen2_vl,
-    random,
-    step_by_hand,
-    steps_logged,
-    trainer_of,
-    weights,
-    words,
-)
+from alignment import CASES, Case, first_tokens, step_by_hand, steps_logged, trainer_of, weights
+from alignment_batches import filmed, generated, joined, marked, places, random, words
+from alignment_models import VIDEO, bart, bert, qwen2_vl
+from models import PATCH
 from vlm_models import IDS, SPECIAL, chat, tokenizer
 
 from peft_read import PvlaTrainingArguments
@@ -103,13 +86,14 @@ def test_without_a_template_special_tokens_alone_are_left_out():
 
 
 def test_what_a_mask_marks_counts():
-    """The collator's own word is not looked through again, but for labels and padding."""
+    """The collator's own word is not looked through again, but for labels, padding and video."""
     processing = tokenizer()
     processing.chat_template = TEMPLATES["chatml"]
     batch = batch_of(processing)
     batch["text_token_mask"] = torch.ones_like(batch["input_ids"], dtype=torch.float) * 0.5
-    _, text = Masks("all", TemplateTokens.of(processing))(batch)
-    assert torch.equal(text, 0.5 * batch["attention_mask"])
+    video, text = Masks("all", TemplateTokens.of(processing))(batch)
+    assert video.any()
+    assert torch.equal(text, 0.5 * batch["attention_mask"] * ~video)
     _, text = Masks("answer", TemplateTokens.of(processing))(batch)
     assert torch.equal(text > 0, batch["labels"] != -100)
 

@@ -1,4 +1,4 @@
-"""Tiny models with video and text in them, data for them, and what PVLA should make of it, computed by hand."""
+"""What PVLA should make of video and text in a tiny model, computed by hand, and Trainers for it."""
 
 import copy
 from collections.abc import Callable
@@ -7,27 +7,37 @@ from dataclasses import dataclass, field
 import ot
 import tokenizers
 import torch
-from helpers import strengthen
-from models import HEADS, IMAGE, LAYERS, PATCH, VOCAB, WIDE, WIDTH, bart_config, bert_config, clip_config, llama_config
-from peft import get_peft_model
+from alignment_batches import (
+    SAMPLES,
+    captioned,
+    filmed,
+    generated,
+    images_in_a_row,
+    joined,
+    marked,
+    pictured,
+    spoken,
+    stacked,
+)
+from alignment_models import (
+    FRAMES,
+    VIDEO,
+    VISUAL,
+    albert,
+    bart,
+    bert,
+    build,
+    clip,
+    llava,
+    qwen2_vl,
+    siglip,
+    xclip,
+)
+from models import VOCAB, llama_config
 from torch import nn
 from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
-    BartForConditionalGeneration,
-    BertForSequenceClassification,
-    CLIPModel,
-    CLIPVisionConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    SiglipConfig,
-    SiglipModel,
-    XCLIPConfig,
-    XCLIPModel,
     default_data_collator,
 )
 
@@ -37,236 +47,14 @@ from peft_read import (
     PvlaSeq2SeqTrainingArguments,
     PvlaTrainer,
     PvlaTrainingArguments,
-    ReadConfig,
 )
 
 
-SAMPLES = 8
-TIME = 10
-FRAMES = 4
 RATE = 0.1
+
+
 # Of the loss; smoother and better converged than the defaults, so that another solver finds the same to 1e-5.
 REG, ITERATIONS = 0.2, 200
-VISUAL, VIDEO = VOCAB - 1, VOCAB - 2
-TOWER = {
-    "hidden_size": WIDTH,
-    "intermediate_size": WIDE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "initializer_range": 0.2,
-}
-
-
-def adapt(model, seed=0, adapter_name="default", **options):
-    """A strong adapter in a frozen model."""
-    return strengthen(get_peft_model(model, ReadConfig(**{"r": 4} | options), adapter_name), seed, adapter_name)
-
-
-def build(cls, config, **options):
-    torch.manual_seed(0)
-    return adapt(cls(config), **options)
-
-
-def bert(labels=3, **options):
-    return build(
-        BertForSequenceClassification, bert_config(num_labels=labels), modules_to_save=["classifier"], **options
-    )
-
-
-def albert():
-    config = AlbertConfig(
-        embedding_size=WIDTH,
-        vocab_size=VOCAB,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout_prob=0.0,
-        num_labels=3,
-        **TOWER,
-    )
-    return build(AlbertForSequenceClassification, config)
-
-
-def bart():
-    config = bart_config()
-    config.forced_eos_token_id = None
-    return build(BartForConditionalGeneration, config)
-
-
-def llava():
-    vision = CLIPVisionConfig(image_size=IMAGE, patch_size=PATCH, projection_dim=WIDTH, **TOWER)
-    config = LlavaConfig(
-        vision_config=vision, text_config=llama_config(), image_token_id=VISUAL, image_seq_length=4, pad_token_id=0
-    )
-    return build(LlavaForConditionalGeneration, config)
-
-
-def qwen2_vl():
-    text = TOWER | {
-        "vocab_size": VOCAB,
-        "num_key_value_heads": HEADS,
-        "max_position_embeddings": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-    }
-    vision = {
-        "depth": 1,
-        "embed_dim": WIDTH,
-        "hidden_size": WIDTH,
-        "num_heads": HEADS,
-        "mlp_ratio": 2,
-        "patch_size": PATCH,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
-    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=VISUAL, video_token_id=VIDEO)
-    return build(Qwen2VLForConditionalGeneration, config)
-
-
-def xclip():
-    text = TOWER | {"vocab_size": VOCAB, "max_position_embeddings": 64}
-    mit = {
-        "mit_hidden_size": WIDTH,
-        "mit_intermediate_size": WIDE,
-        "mit_num_attention_heads": HEADS,
-        "mit_num_hidden_layers": 1,
-    }
-    vision = TOWER | mit | {"image_size": IMAGE, "patch_size": PATCH, "num_frames": FRAMES}
-    return build(
-        XCLIPModel,
-        XCLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH, prompt_num_attention_heads=HEADS),
-    )
-
-
-def siglip():
-    text = TOWER | {"vocab_size": VOCAB, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
-    vision = TOWER | {"image_size": IMAGE, "patch_size": PATCH}
-    return build(SiglipModel, SiglipConfig(text_config=text, vision_config=vision))
-
-
-def clip():
-    return build(CLIPModel, clip_config())
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def places(*ranges, time=TIME):
-    """1 in the ranges, 0 elsewhere."""
-    mask = torch.zeros(time, dtype=torch.long)
-    for start, stop in ranges:
-        mask[start:stop] = 1
-    return mask
-
-
-def words(row, length=TIME):
-    return torch.randint(3, VIDEO, (length,), generator=torch.Generator().manual_seed(100 + row))
-
-
-def marked(rows=SAMPLES, embedded=True, videos=True):
-    """Classification of a question followed by a video and padding, of several lengths; in the third row no video."""
-    data = []
-    for row in range(rows):
-        frames = 0 if row == 2 and videos == "some" else 2 + row % 4
-        example = {
-            "attention_mask": places((0, 3 + row % 2 + frames)),
-            "labels": torch.tensor(row % 3),
-            "video_token_mask": places((3 + row % 2, 3 + row % 2 + frames)),
-            # The words that count; the padding is marked as well, and must not.
-            "text_token_mask": places((1, 3 + row % 2), (TIME - 1, TIME)),
-        }
-        example |= {"inputs_embeds": random(TIME, WIDTH, seed=row)} if embedded else {"input_ids": words(row)}
-        data.append(example)
-    return data
-
-
-def spoken(rows=SAMPLES):
-    """For a causal language model: video, text and padding; another number of labels in each row."""
-    data = []
-    for row, example in enumerate(marked(rows, embedded=False, videos="some")):
-        said = example["attention_mask"] * (1 - example["video_token_mask"]) * places((row // 3, TIME))
-        data.append(example | {"labels": torch.where(said == 1, example["input_ids"], -100)})
-    return data
-
-
-def generated(rows=SAMPLES):
-    """The same for an encoder-decoder that says something about it."""
-    return [example | {"labels": words(row, 5)} for row, example in enumerate(marked(rows))]
-
-
-def pictured(rows=SAMPLES):
-    """Of LLaVA: an image's placeholders, then text, padded on the right."""
-    data = []
-    for row in range(rows):
-        ids, valid = words(row), places((0, 8 + row % 3))
-        ids[1:5] = VISUAL
-        data.append(
-            {
-                "input_ids": ids,
-                "attention_mask": valid,
-                "pixel_values": random(3, IMAGE, IMAGE, seed=row),
-                "labels": torch.where((valid == 1) & (ids != VISUAL), ids, -100),
-            }
-        )
-    return data
-
-
-def filmed(rows=SAMPLES):
-    """Of Qwen2-VL: a video's placeholders, then text."""
-    data = []
-    for row in range(rows):
-        ids = words(row)
-        ids[1:3] = VIDEO
-        data.append(
-            {
-                "input_ids": ids,
-                "attention_mask": places((0, TIME)),
-                "pixel_values_videos": random(8, 3 * 2 * PATCH**2, seed=row),
-                "video_grid_thw": torch.tensor([2, 2, 2]),
-                "mm_token_type_ids": 2 * (ids == VIDEO).long(),
-                "labels": torch.where(ids == VIDEO, -100, ids),
-            }
-        )
-    return data
-
-
-def joined(examples):
-    """A batch of Qwen2-VL, which takes the patches of all videos in a row."""
-    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
-    return batch | {"pixel_values_videos": batch["pixel_values_videos"].flatten(0, 1)}
-
-
-def captioned(frames=None, rows=SAMPLES):
-    """Of dual encoders: captions of several lengths, images or videos."""
-    shape = (3, IMAGE, IMAGE) if frames is None else (frames, 3, IMAGE, IMAGE)
-    data = []
-    for row in range(rows):
-        ids, length = words(row, 6), 3 + row % 4
-        ids[length - 1] = VOCAB - 1  # where the text ends, and where CLIP reads it
-        data.append(
-            {
-                "input_ids": ids,
-                "attention_mask": places((0, length), time=6),
-                "pixel_values": random(*shape, seed=row),
-                "return_loss": True,
-            }
-        )
-    return data
-
-
-def stacked(examples):
-    """A batch of a dual encoder, which is told by a single argument to return its loss."""
-    names = [name for name in examples[0] if name != "return_loss"]
-    batch = {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in names}
-    return batch | {"return_loss": True}
-
-
-def images_in_a_row(examples):
-    """A batch of CLIP with several images for each text."""
-    batch = stacked(examples)
-    return batch | {"pixel_values": batch["pixel_values"].flatten(0, 1), "return_loss": False}
 
 
 def retrieval_loss(outputs, labels, num_items_in_batch=None):
@@ -368,7 +156,11 @@ def states_function_bart():
 
 
 BERT = "base_model.model.bert.encoder.layer.{}"
+
+
 DOWN = BERT + ".output.dense.read_downward.default"
+
+
 CASES = {
     "text encoder": Case(bert, lambda: marked(videos="some"), of_masks(BERT.format(1)), (BERT.format(1),)),
     "all blocks": Case(
@@ -441,6 +233,8 @@ CASES = {
 
 
 LLAMA = "base_model.model.model.layers.1"
+
+
 # Of which the loss is divided by the labels of all batches that are accumulated, on all devices.
 CAUSAL = Case(lambda: build(LlamaForCausalLM, llama_config()), spoken, of_masks(LLAMA), (LLAMA,))
 

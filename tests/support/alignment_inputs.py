@@ -1,22 +1,10 @@
 """Models whose video tokens are aligned with words before the blocks: an own one, VLMs, trained embeddings."""
 
 import torch
-from alignment import (
-    VIDEO,
-    VISUAL,
-    WIDTH,
-    Case,
-    build,
-    filmed,
-    joined,
-    llava,
-    pictured,
-    qwen2_vl,
-    random,
-    spoken,
-    words,
-)
-from models import bert_config, llama_config
+from alignment import Case
+from alignment_batches import filmed, joined, pictured, random, spoken, words
+from alignment_models import VIDEO, VISUAL, build, llava, qwen2_vl
+from models import WIDTH, bert_config, llama_config
 from peft import get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM

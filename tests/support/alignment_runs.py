@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from alignment import SAMPLES, alignment, collate, forward, marked, places, steps_logged, trainer_of, weights
+from alignment import alignment, collate, forward, steps_logged, trainer_of, weights
+from alignment_batches import SAMPLES, marked, places
 
 
 def named(rows=SAMPLES):

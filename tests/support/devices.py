@@ -15,7 +15,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
-from alignment import CASES, arguments, marked, random, trainer_of, words
+from alignment import CASES, arguments, trainer_of
+from alignment_batches import marked, random, words
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
