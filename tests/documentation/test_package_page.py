@@ -14,7 +14,7 @@ ADDRESS = "https://example.org/someone/peft-read"
 def build():
     """The build's own module, which isn't part of the package."""
     pytest.importorskip("hatchling", reason="the build backend isn't installed")
-    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    spec = importlib.util.spec_from_file_location("description", ROOT / ".ci" / "description.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -268,7 +268,7 @@ def test_lora_beside(tmp_path):
     """LoRA in the attention, READ at the feed-forward parts: both are trained, the share counts READ's weights."""
     torch.manual_seed(0)
     lora = LoraConfig(target_modules=["query"], init_lora_weights=False)
-    model = adapt(inject_adapter_in_model(lora, classifier()))
+    model = adapt(inject_adapter_in_model(lora, classifier(), "lora"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".read_" in name or "lora_" in name)
     task, aligned = read_gradients(TEXT, model, marked())
