@@ -11,7 +11,6 @@ from hub_server import running_hub
 from huggingface_hub import ModelCard
 
 
-pytestmark = pytest.mark.xdist_group("hub")  # one process pushes and pulls for all of them
 CLIENT = Path(__file__).parents[1] / "support" / "hub_client.py"
 FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
 

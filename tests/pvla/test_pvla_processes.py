@@ -11,8 +11,6 @@ from alignment_inputs import MODELS, mean_over_frames, watched
 from devices import free_port, join
 
 
-# The processes are started once, not once by each worker of pytest-xdist.
-pytestmark = pytest.mark.xdist_group("pvla processes")
 OWN = replace(MODELS["own model"], arguments={"compute_loss_func": mean_over_frames})
 # Global batches of 8 in two accumulated steps; the third row holds no video, the last evaluated batch isn't full.
 RUNS = {

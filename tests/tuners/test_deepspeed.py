@@ -18,7 +18,6 @@ pytestmark = [
         importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed; .ci/deepspeed runs this"
     ),
     # The processes are started once, not once by each worker of pytest-xdist.
-    pytest.mark.xdist_group("deepspeed"),
 ]
 SCRIPT = Path(devices.__file__).with_name("zero.py")
 STAGES = ("zero2", "zero3")

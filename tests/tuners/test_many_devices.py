@@ -10,8 +10,6 @@ from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
 
 
 RUNS = [("read", "ddp"), ("read", "fsdp2"), ("read", "fsdp1"), ("lstta", "ddp"), ("lstta", "fsdp2")]
-# The processes are started once, not once by each worker of pytest-xdist.
-pytestmark = pytest.mark.xdist_group("many devices")
 
 
 def train(rank, folder, port):
