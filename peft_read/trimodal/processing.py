@@ -13,7 +13,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoFeatureExtractor,
@@ -260,6 +259,8 @@ class TrimodalProcessor(PushToHubMixin):
             video = torch.from_numpy(np.stack(images)).movedim(-1, -3)
             output = self.vision([video], return_tensors="pt", do_sample_frames=False)
             return next(iter(output.values()))[0]
+        from PIL import Image  # which every image processor of transformers needs
+
         frames = [Image.fromarray(image) for image in images]  # which tells height, width and channels apart
         if "videos" in inspect.signature(self.vision.preprocess).parameters:
             return next(iter(self.vision([frames], return_tensors="pt").values()))[0]
