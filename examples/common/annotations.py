@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import av
+import av.format
+import av.stream
 import numpy as np
+
+from peft_read.trimodal.media import upright, upright_size
 
 from .json_lines import read_json_lines
 
@@ -21,6 +28,9 @@ LONGEST_PATH = 4096  # characters
 # Pixels of the shorter side of the frames that are kept, more than most vision models take, and of a frame that is
 # decoded at all.
 SHORTER_SIDE, MOST_PIXELS = 384, 100_000_000
+LONGEST_SHOWN = 3600.0  # seconds of one frame; longer are those of damaged time stamps
+ROUNDING = 1e-6  # seconds by which time stamps that are meant to be the same may differ
+NO_ZERO = av.format.Flags.ts_discont.value  # formats whose time stamps may begin anywhere
 
 
 def read_entries(
@@ -102,7 +112,7 @@ def is_span(value: Any) -> bool:
 
 
 def decode_clips(path: Path, clip_seconds: float) -> np.ndarray:
-    """The frame in the middle of each clip of a video, made smaller if need be.
+    """The frame that is shown in the middle of each clip of a video, upright, made smaller if need be.
 
     Args:
         path: the video file.
@@ -112,35 +122,68 @@ def decode_clips(path: Path, clip_seconds: float) -> np.ndarray:
         `(clips, height, width, 3)`, uint8, RGB; the shorter side has `SHORTER_SIDE` pixels at most.
 
     Raises:
-        ValueError: if the file can't be decoded or holds no frame; the message names it.
+        ValueError: if the file can't be decoded, holds no frame, or one that stands for longer than `LONGEST_SHOWN`;
+            the message names it.
     """
     return np.stack(list(iterate_clips(path, clip_seconds)))
 
 
 def iterate_clips(path: Path, clip_seconds: float) -> Iterator[np.ndarray]:
     """The frames of `decode_clips`, one by one: of a long video none has to be kept."""
-    clips, second, frame_seconds, size = 0, None, 0.0, None
+    clips, size, end = 0, None, 0.0
     with opened(path) as container:
-        stream = video_stream(container, path)
-        frame_seconds = float(1 / stream.average_rate) if stream.average_rate else 0.0
-        for frame in container.decode(stream):
-            second = frame.time or 0.0
-            # Of all frames up to now keep the first at or after the middle of each clip.
-            if second >= (clips + 0.5) * clip_seconds - 1e-6:
-                size = size or _size(frame.height, frame.width)  # of the first, should they differ
-                yield frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
+        for frame, end in _shown(container, path):
+            image = None
+            while (clips + 0.5) * clip_seconds < end - ROUNDING:  # of several clips, where a frame is shown for long
+                size = size or _size(frame)  # of the first, should they differ
+                image = upright(frame, size) if image is None else image
+                yield image
                 clips += 1
-    if second is None:
-        raise ValueError(f"{path} holds no frame that can be decoded.")
     if not clips:
         raise ValueError(
-            f"{path} is {second + frame_seconds:.2f} seconds long, shorter than half a clip of {clip_seconds} "
-            "seconds: set a smaller --clip-seconds."
+            f"{path} is {end:.2f} seconds long, shorter than half a clip of {clip_seconds} seconds: set a smaller "
+            "--clip-seconds."
         )
 
 
-def _size(height: int, width: int) -> tuple[int, int]:
-    """Height and width, in proportion, with `SHORTER_SIDE` pixels at most on the shorter side."""
+def _shown(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
+    """Each frame of a video, and up to which second it is shown; before the first one is, that stands in for it."""
+    stream = video_stream(container, path)
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    # Transport streams have a clock that began before they did.
+    zero = (container.start_time or 0) / av.time_base if container.format.flags & NO_ZERO else 0.0
+    held, begin, begins = None, 0.0, deque[float](maxlen=6)
+    for frame in container.decode(stream):
+        if frame.time is not None:
+            begin = frame.time - zero
+        elif held is not None:  # a bare stream, without time stamps
+            begin += 1 / rate
+        if held is not None:
+            yield held, _checked(begin, begins[-1], path)
+        held = frame
+        begins.append(begin)
+    if held is None:
+        raise ValueError(f"{path} holds no frame that can be decoded.")
+    # How long the last one is shown stands in the file, where some have a mere tick, or nothing.
+    usual = median_low(after - before for before, after in pairwise(begins)) if len(begins) > 1 else 1 / rate
+    length = float((held.duration or 0) * (held.time_base or 0))
+    # The end itself is the middle of what is left if that is half a clip.
+    yield held, _checked(begin + (length if 4 * length >= usual else usual) + 2 * ROUNDING, begin, path)
+
+
+def _checked(end: float, begin: float, path: Path) -> float:
+    """When a frame is shown no more: refused if that can't be."""
+    if end - begin > LONGEST_SHOWN:
+        raise ValueError(
+            f"{path} can't be decoded as a video: its time stamps jump by {end - begin:.0f} seconds at {begin:.0f} s. "
+            "Write it anew with right ones, or cut it there."
+        )
+    return end
+
+
+def _size(frame: Any) -> tuple[int, int]:
+    """Height and width of an upright frame, in proportion, with `SHORTER_SIDE` pixels at most on the shorter side."""
+    height, width = upright_size(frame)
     scale = min(1.0, SHORTER_SIDE / min(height, width))
     return round(height * scale), round(width * scale)
 
@@ -156,14 +199,15 @@ def opened(path: Path, what: str = "decoded") -> Iterator[Any]:
 
 
 def video_stream(container: Any, path: Path) -> Any:
-    """The first video stream of a file.
+    """The first video stream of a file that isn't a cover.
 
     Raises:
         ValueError: if there is none, or its frames are too large.
     """
-    if not container.streams.video:
+    cover = av.stream.Disposition.attached_pic
+    stream = next((each for each in container.streams.video if not each.disposition & cover), None)
+    if stream is None:
         raise ValueError(f"{path} has no video stream.")
-    stream = container.streams.video[0]
     if stream.height * stream.width > MOST_PIXELS:
         raise ValueError(f"{path} has frames of {stream.width} x {stream.height} pixels: more than {MOST_PIXELS:,}.")
     return stream

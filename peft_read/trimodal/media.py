@@ -10,7 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path as FilePath
+from statistics import median_low
 from types import ModuleType
 from typing import IO, Any
 
@@ -118,8 +120,9 @@ class _Shown:
 
 
 def _usual(begins: list[int], otherwise: float) -> int:
-    """How long the frame before the last is shown."""
-    return max(1, begins[-1] - begins[-2] if len(begins) > 1 else round(otherwise))
+    """How long the last few frames are shown, but for one among them that is shown for longer."""
+    gaps = [after - before for before, after in pairwise(begins[-6:])]
+    return max(1, median_low(gaps) if gaps else round(otherwise))
 
 
 def _choose(begins: Sequence[int], end: int, wanted: int) -> tuple[list[int], NDArray[np.float64]]:
@@ -174,11 +177,46 @@ def _decode_all(source: Source, wanted: int, rate: float) -> Frames:
     return Frames([images[index] for index in chosen], borders / 1e6)
 
 
-def upright(frame: Any) -> NDArray[np.uint8]:
-    """A decoded frame as it is to be shown, `(height, width, 3)`: turned."""
-    image: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+def upright(frame: Any, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """A decoded frame as it is to be shown: turned and mirrored as its file says.
+
+    Args:
+        frame: of PyAV.
+        size: height and width to scale it to, as shown; its own by default.
+
+    Returns:
+        `(height, width, 3)`, RGB.
+    """
+    across, down = _axes(frame)
+    sideways = across[0] == 0
+    height, width = size or upright_size(frame)
+    if sideways:
+        height, width = width, height
+    image: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", height=height, width=width)
+    if sideways:
+        image = image.swapaxes(0, 1)
+    return np.ascontiguousarray(image[:: sum(down), :: sum(across)])
+
+
+def upright_size(frame: Any) -> tuple[int, int]:
+    """Height and width of a decoded frame as it is to be shown."""
+    sideways = _axes(frame)[0][0] == 0
+    return (frame.width, frame.height) if sideways else (frame.height, frame.width)
+
+
+def _axes(frame: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Which way of the stored picture, right or down, is right in the shown one, and which is down; -1 for against it.
+
+    They are the nearest to those of FFmpeg's display matrix, by which a stored point `(x, y)` is shown at
+    `(a x + c y, b x + d y)`.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return (1, 0), (0, 1)
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return (-1 if a < 0 else 1, 0), (0, -1 if d < 0 else 1)
+    return (0, -1 if c < 0 else 1), (-1 if b < 0 else 1, 0)
 
 
 def decode_sound(source: Source, rate: int) -> Sound | None:

@@ -8,12 +8,15 @@ import signal
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
-from common.annotations import SHORTER_SIDE, decode_clips, iterate_clips
+from common.annotations import SHORTER_SIDE, decode_clips, iterate_clips, video_stream
 from common.files import finished, is_made
+from media_files import seconds_of as seconds_of_shade
+from media_files import turned, write
 from video_grounding.annotations import Annotation, read_annotations
 from video_grounding.features import FRAMES_AT_ONCE, make_examples
 
@@ -148,6 +151,74 @@ def test_frames_are_made_smaller_as_they_come(tmp_path):
     assert frames.shape == (12, SHORTER_SIDE, round(1920 * SHORTER_SIDE / 1080), 3)
     assert np.abs(frames.mean((1, 2, 3)) - 10 * np.arange(12)).max() < 3
     assert peak < 2.5 * frames.nbytes + 1080 * 1920 * 3
+
+
+UNEVEN = {
+    "still, then fast": ([0.0, *(6 + i / 10 for i in range(60))], 2.0),
+    "still in the middle": ([i / 10 for i in range(30)] + [9 + i / 10 for i in range(30)], 2.0),
+    "still at the end": ([i / 10 for i in range(30)] + [11.9], 2.0),
+    "slower than clips": (list(range(12)), 0.5),
+    "slower at the end": ([i / 20 for i in range(20)] + [1 + i * 0.5 for i in range(22)], 0.5),
+    "late": ([3 + i / 10 for i in range(90)], 1.0),
+}
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+@pytest.mark.parametrize("case", UNEVEN)
+def test_clips_show_what_a_player_shows_at_their_middle(case, ending, tmp_path):
+    """Against the definition, whatever the frame rate does: the last frame that began before."""
+    begins, clip_seconds = UNEVEN[case]
+    frames = decode_clips(Path(write(tmp_path / f"a.{ending}", begins, 12.0)), clip_seconds)
+    middles = (np.arange(round(12 / clip_seconds)) + 0.5) * clip_seconds
+    expected = [max((begin for begin in begins if begin <= middle), default=begins[0]) for middle in middles]
+    assert len(frames) == len(expected)
+    assert [seconds_of_shade(frame, 12.0) for frame in frames] == pytest.approx(expected, abs=0.12)
+
+
+def test_streams_without_time_stamps_and_with_a_clock_of_their_own(tmp_path):
+    for name, codec in (("a.h264", "libx264"), ("a.ts", "mpeg4")):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for index in range(100):
+                frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 2 * index, np.uint8), format="rgb24")
+                frame.pts = index + 36_000 * 25 * name.endswith(".ts")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        shades = decode_clips(tmp_path / name, 1.0).mean((1, 2, 3))
+        assert shades.tolist() == pytest.approx([24, 74, 124, 174], abs=5)
+
+
+def test_time_stamps_that_jump_by_days_are_refused(tmp_path):
+    images = [np.zeros((32, 32, 3), np.uint8)] * 3
+    path = Path(write(tmp_path / "a.mkv", [0.0, 0.1, 1e5], images=images, codec="libx264"))
+    with pytest.raises(ValueError, match=r"a\.mkv .*time stamps jump by 100000 seconds at 0 s"):
+        decode_clips(path, 1.0)
+
+
+def test_clips_of_a_phones_video_are_upright(tmp_path):
+    """As the package reads it, made smaller or not."""
+    for size in ((32, 64), (400, 800)):
+        picture = np.zeros((*size, 3), np.uint8)
+        picture[: size[0] // 2, : size[1] // 2] = 255
+        path = Path(turned(write(tmp_path / "a.mp4", images=[picture] * 8, length=0.8, size=size), (0, 1, -1, 0)))
+        (frame,) = decode_clips(path, 0.8)
+        assert frame.shape == (min(2 * SHORTER_SIDE, size[1]), min(SHORTER_SIDE, size[0]), 3)
+        expected = np.zeros(frame.shape)
+        expected[: frame.shape[0] // 2, frame.shape[1] // 2 :] = 255
+        assert np.abs(frame - expected).mean() < 10
+
+
+def test_a_cover_is_no_video(tmp_path):
+    """The first video stream counts that is none; a sound file with a cover has none."""
+    stream = lambda cover: SimpleNamespace(  # noqa: E731
+        disposition=av.stream.Disposition.attached_pic if cover else av.stream.Disposition(0), height=32, width=32
+    )
+    picture, video = stream(True), stream(False)
+    of = lambda *streams: SimpleNamespace(streams=SimpleNamespace(video=streams))  # noqa: E731
+    assert video_stream(of(picture, video), Path("a.mp4")) is video
+    with pytest.raises(ValueError, match=r"a\.mp3 has no video stream"):
+        video_stream(of(picture), Path("a.mp3"))
 
 
 def test_a_long_video_is_encoded_in_parts(tmp_path):

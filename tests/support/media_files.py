@@ -1,6 +1,8 @@
 """Media files with known contents: a shade that tells the time, a tone at known seconds; and a tokenizer."""
 
+import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -89,6 +91,17 @@ def write(
                     container.mux(audio.encode(ready))
             container.mux(audio.encode())
     return str(path)
+
+
+def turned(path, matrix):
+    """The file, of MP4, with `a, b, c, d` of this matrix by which it is to be shown."""
+    data = bytearray(Path(path).read_bytes())
+    header = data.find(b"tkhd")
+    place = header + 4 + (40 if data[header + 4] == 0 else 52)
+    a, b, c, d = (entry << 16 for entry in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    Path(path).write_bytes(data)
+    return path
 
 
 def write_video(path, frames=8, sound=True, silent_until=0.0):

@@ -1,13 +1,12 @@
 """Media files by their time stamps: which frames are taken, for which seconds, and when sound is heard."""
 
 import io
-import struct
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from media_files import PEAK, RATE, SIDE, seconds_of, tone, write
+from media_files import PEAK, RATE, SIDE, seconds_of, tone, turned, write
 
 from peft_read.trimodal.media import decode_frames, decode_sound, read_frames
 
@@ -59,29 +58,38 @@ def test_frames_found_by_seeking_are_those_found_one_by_one(tmp_path):
 
 
 TURNED = {
-    90: (0, 1, -1, 0),
-    180: (-1, 0, 0, -1),
-    270: (0, -1, 1, 0),
+    "90": (0, 1, -1, 0),
+    "180": (-1, 0, 0, -1),
+    "270": (0, -1, 1, 0),
+    "mirrored": (-1, 0, 0, 1),
+    "upside down": (1, 0, 0, -1),
+    "mirrored, 90": (0, 1, 1, 0),
+    "mirrored, 270": (0, -1, -1, 0),
 }
 
 
-@pytest.mark.parametrize("degrees", TURNED)
-def test_a_phones_video_is_upright(degrees, tmp_path):
-    """As a player shows it: turned clockwise by what the file says."""
+@pytest.mark.parametrize("how", TURNED)
+def test_a_phones_video_is_upright(how, tmp_path):
+    """As a player shows it: turned clockwise, and mirrored, by what the file says; against the matrix's definition."""
     picture = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
     picture[: SIDE // 2, :SIDE] = 255  # the upper left quarter
     path = write(tmp_path / "clip.mp4", images=[picture] * 8, length=0.8, size=picture.shape[:2])
-    data = bytearray(Path(path).read_bytes())
-    header = data.find(b"tkhd")
-    place = header + 4 + (40 if data[header + 4] == 0 else 52)
-    a, b, c, d = TURNED[degrees]
-    fixed = 1 << 16
-    data[place : place + 36] = struct.pack(">9i", a * fixed, b * fixed, 0, c * fixed, d * fixed, 0, 0, 0, 1 << 30)
-    Path(path).write_bytes(data)
-    image = read_frames(path, 1)[0]
-    expected = np.rot90(picture, -degrees // 90)
+    image = read_frames(turned(path, TURNED[how]), 1)[0]
+    a, b, c, d = TURNED[how]
+    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]]
+    across, down = a * x + c * y, b * x + d * y
+    expected = np.zeros((np.ptp(down) + 1, np.ptp(across) + 1, 3), np.uint8)
+    expected[down - down.min(), across - across.min()] = picture
+    if how.isdigit():
+        assert np.array_equal(expected, np.rot90(picture, -int(how) // 90))
     assert image.shape == expected.shape
     assert np.abs(image.astype(int) - expected).mean() < 10
+
+
+def test_a_last_picture_after_a_long_one_ends_soon(tmp_path):
+    """A file that doesn't say for how long it is shown: as long as the others, not as the long one."""
+    frames = decode_frames(write(tmp_path / "clip.mkv", [i / 10 for i in range(30)] + [11.9], 12.0), 6)
+    np.testing.assert_allclose(frames.times[-1], [10, 12], atol=0.01)
 
 
 @pytest.mark.parametrize(
