@@ -15,6 +15,8 @@ from .media import Frames, decode_frames, even_places, is_source
 
 
 CHANNELS = (1, 3, 4)
+# Floats in [0, 1] may be this large once they were resized, and those in [0, 255] are at least as bright as that.
+OVERSHOOT, DARKEST = 1.1, 2.0
 
 
 def frames_of(video: Any, wanted: int, fps: float | None = None) -> Frames | None:
@@ -23,8 +25,8 @@ def frames_of(video: Any, wanted: int, fps: float | None = None) -> Frames | Non
     Args:
         video: a path, an URL, an open file, its bytes, or a dict with `path` or `bytes`; frames as an array or tensor
             `(frames, height, width, channels)` or `(frames, channels, height, width)`, grey, RGB or RGBA, integers up
-            to 255 or floats in [0, 1] or in [0, 255]; a list of images, arrays or paths of images, or one image; a
-            decoder or a batch of frames of torchcodec. None, or an empty dict, for none.
+            to 255 or floats in [0, 1] or in [0, 255], which the greatest one tells; a list of images, arrays or paths
+            of images, or one image; a decoder or a batch of frames of torchcodec. None, or an empty dict, for none.
         wanted: how many frames.
         fps: frames a second of frames that come without times.
 
@@ -58,7 +60,7 @@ def frames_of(video: Any, wanted: int, fps: float | None = None) -> Frames | Non
     if not count:
         raise ValueError("A video has no frames; give None for a sample without video.")
     places = even_places(count, wanted)
-    images = [_image(video[place]) for place in places] if isinstance(video, list | tuple) else _array(video, places)
+    images = _of_list(video, places) if isinstance(video, list | tuple) else _array(video, places)
     times = None
     if fps is not None:
         borders = np.arange(len(places) + 1) * (count / fps / len(places))
@@ -93,8 +95,17 @@ def _is_image(item: Any) -> bool:
     return hasattr(item, "convert") and hasattr(item, "getbands")
 
 
-def _image(item: Any) -> NDArray[np.uint8]:
-    """One picture, `(height, width, 3)`: an image of PIL, turned as its camera was held; a path; an array."""
+def _of_list(video: Sequence[Any], places: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """Some pictures of a list, `(height, width, 3)` each; all of its floats are measured alike."""
+    frames = {int(place): _frame(video[place]) for place in places}
+    others = [_frame(item) for at, item in enumerate(video) if at not in frames and _may_be_floats(item)]
+    ranges = [range_ for frame in [*frames.values(), *others] if (range_ := _range_of_floats(frame)) is not None]
+    limits = (float(np.min(ranges)), float(np.max(ranges))) if ranges else None
+    return [_array(frame[None], np.arange(1), limits)[0] for frame in frames.values()]
+
+
+def _frame(item: Any) -> NDArray[Any] | Tensor:
+    """One picture, as an image of PIL, turned as its camera was held; its path; an array: with its channels."""
     if is_source(item):
         from PIL import Image
 
@@ -102,20 +113,36 @@ def _image(item: Any) -> NDArray[np.uint8]:
     if _is_image(item):
         from PIL import ImageOps
 
-        return np.asarray(ImageOps.exif_transpose(item).convert("RGB"))
-    array = np.asarray(item.cpu() if isinstance(item, Tensor) else item)
-    if array.ndim not in (2, 3):
+        item = ImageOps.exif_transpose(item)
+        item = np.asarray(item if _is_deep(item) else item.convert("RGB"))
+    frame = item if isinstance(item, Tensor) else np.asarray(item)
+    if frame.ndim not in (2, 3):
         raise ValueError(
             f"A frame must be (height, width), (height, width, channels) or (channels, height, width), got shape "
-            f"{array.shape}."
+            f"{tuple(frame.shape)}."
         )
-    if array.ndim == 2:
-        array = array[..., None]
-    return _array(item.new_tensor(array)[None] if isinstance(item, Tensor) else array[None], np.arange(1))[0]
+    return frame[..., None] if frame.ndim == 2 else frame
 
 
-def _array(video: Any, places: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-    """Some frames of an array or tensor, `(height, width, 3)` each."""
+def _is_deep(image: Any) -> bool:
+    """Whether an image of PIL has more than 8 bits, which its conversion would cut off rather than scale."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _may_be_floats(item: Any) -> bool:
+    return item.mode == "F" if _is_image(item) else not is_source(item)
+
+
+def _range_of_floats(frame: NDArray[Any] | Tensor) -> tuple[float, float] | None:
+    """The least and the greatest of a picture's floats; None for integers, whose type tells how they are measured."""
+    is_float = frame.dtype.is_floating_point if isinstance(frame, Tensor) else frame.dtype.kind == "f"
+    return (float(frame.min()), float(frame.max())) if is_float and 0 not in frame.shape else None
+
+
+def _array(
+    video: Any, places: NDArray[np.int64], limits: tuple[float, float] | None = None
+) -> list[NDArray[np.uint8]]:
+    """Some frames of an array or tensor, `(height, width, 3)` each; `limits` are those of more floats than its own."""
     is_tensor = isinstance(video, Tensor)
     shape = tuple(video.shape)
     if len(shape) == 3 and shape[0] not in CHANNELS and shape[-1] not in CHANNELS:
@@ -127,27 +154,40 @@ def _array(video: Any, places: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         )
     # Either may be the channels of very small pictures: then tensors have them first, as torch does.
     first = shape[1] in CHANNELS and (is_tensor or shape[-1] not in CHANNELS)
-    values = video.detach().float().cpu().numpy() if is_tensor and video.dtype.is_floating_point else np.asarray(video)
-    values = _as_bytes(values, places)
+    if is_tensor:
+        video = video.detach().cpu()
+        video = video.float() if video.dtype.is_floating_point else video
+    values = np.asarray(video)
+    values = _as_bytes(values, places, limits)
     if first:
         values = np.moveaxis(values, 1, -1)
     values = values.repeat(3, -1) if values.shape[-1] == 1 else values[..., :3]
     return list(np.ascontiguousarray(values))
 
 
-def _as_bytes(values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _as_bytes(
+    values: NDArray[Any], places: NDArray[np.int64], limits: tuple[float, float] | None
+) -> NDArray[np.uint8]:
     """The frames at some places in 0 to 255, whatever they are measured in."""
     if values.dtype == np.uint8:
         return values[places]
     if values.dtype == bool:
         return values[places].astype(np.uint8) * 255
+    is_float = values.dtype.kind == "f"
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if is_float and limits is not None:
+        low, high = limits
     if not (low >= 0 and high <= 255):
         raise ValueError(
             f"Frames must be integers up to 255, or floats in [0, 1] or [0, 255], got {values.dtype} from {low:g} to "
-            f"{high:g}. Give pictures as they were before normalisation: the image processor normalises them."
+            f"{high:g}. Give pictures as they were before normalisation: the image processor normalises them. Scale "
+            "those of 16 bits to 8, as by `(frames / 257).round().astype('uint8')`; clip what resizing left outside."
         )
-    if values.dtype.kind == "f":
-        values = np.rint(values[places] * (255.0 if high <= 1 else 1.0))
-        return values.astype(np.uint8)
-    return values[places].astype(np.uint8)
+    if is_float and OVERSHOOT < high < DARKEST:
+        raise ValueError(
+            f"Frames of floats must lie in [0, 1] or in [0, 255], got {values.dtype} up to {high:g}, which may be "
+            "either. Clip them to 1, or give integers."
+        )
+    if not is_float:
+        return values[places].astype(np.uint8)
+    return np.rint(values[places].clip(max=1) * 255.0 if high <= OVERSHOOT else values[places]).astype(np.uint8)

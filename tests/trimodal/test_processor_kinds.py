@@ -26,6 +26,12 @@ VIDEO = RNG.integers(0, 256, (6, SIDE, SIDE, 3), dtype=np.uint8)
 WAVE = (0.5 * np.sin(np.arange(RATE) / 10)).astype(np.float32)
 CHW = torch.from_numpy(VIDEO).permute(0, 3, 1, 2)
 GREY = np.repeat(VIDEO[..., :1], 3, -1)
+DARK = VIDEO.astype(np.float32)
+DARK[0] /= 255  # of floats up to 255 one frame that has none above 1
+DARK_BYTES = DARK.round().astype(np.uint8)
+OVERSHOT = (VIDEO / 255).astype(np.float32)
+OVERSHOT[VIDEO == 255] = 1.02
+DEEP = (VIDEO[0, ..., 0].astype(np.uint16) + 1) * 256 - 1
 VIDEOS = {
     "channels last": (VIDEO, VIDEO),
     "channels first": (VIDEO.transpose(0, 3, 1, 2), VIDEO),
@@ -44,6 +50,12 @@ VIDEOS = {
     "images with transparency": ([Image.fromarray(frame).convert("RGBA") for frame in VIDEO], VIDEO),
     "list of arrays": (list(VIDEO), VIDEO),
     "list of tensors": (list(CHW), VIDEO),
+    "floats that overshoot": (OVERSHOT, VIDEO),
+    "list of floats, one of them dark": (list(DARK), DARK_BYTES),
+    "list of tensors of floats, one of them dark": (list(torch.from_numpy(DARK)), DARK_BYTES),
+    "images of floats": ([Image.fromarray(frame) for frame in DARK[..., 0]], np.repeat(DARK_BYTES[..., :1], 3, -1)),
+    "images of 32 bits": ([Image.fromarray(frame.astype(np.int32)) for frame in VIDEO[..., 0]], GREY),
+    "images of 16 bits": ([Image.fromarray(frame.astype(np.uint16)) for frame in VIDEO[..., 0]], GREY),
     "one image": (Image.fromarray(VIDEO[0]), VIDEO[:1]),
 }
 
@@ -70,11 +82,30 @@ def test_images_on_disk_and_as_they_were_held(tmp_path):
     assert np.array_equal(shown[1], np.rot90(VIDEO[0], -1))
 
 
+def test_floats_of_a_list_are_measured_by_all_of_them():
+    """By those, too, that aren't sampled."""
+    dark = [np.ones((SIDE, SIDE, 3))] * 3
+    batch = processor()(videos=[[*dark, np.full((SIDE, SIDE, 3), 200.0)], dark], text=["a"] * 2, num_frames=1)
+    assert (batch["pixel_values"].flatten(1) * 255).mean(1).tolist() == pytest.approx([1, 255])
+
+
+def test_a_file_of_16_bits_is_refused(tmp_path):
+    Image.fromarray(DEEP).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"videos\[0\]: .*got (uint16|int32) from .* to 65535.*16 bits"):
+        processor()(videos=[[tmp_path / "deep.png"]], text=["seen"])
+
+
 @pytest.mark.parametrize(
     ("video", "error", "message"),
     [
         (CHW.float() / 127.5 - 1, ValueError, r"floats in \[0, 1\] or \[0, 255\], got float32 from -1 to 1"),
         (VIDEO.astype(np.int64) * 9, ValueError, r"integers up to 255"),
+        (OVERSHOT * 1.2, ValueError, r"in \[0, 1\] or in \[0, 255\], got float32 up to 1.224, which may be either"),
+        (list(OVERSHOT * 1.2), ValueError, "up to 1.224, which may be either"),
+        ([DEEP], ValueError, "Scale those of 16 bits to 8"),
+        ([Image.fromarray(DEEP)], ValueError, "Scale those of 16 bits to 8"),
+        ([Image.fromarray(DEEP.astype(np.int32))], ValueError, "Scale those of 16 bits to 8"),
+        ([Image.fromarray(DEEP.astype(np.float32))], ValueError, "got float32 from .* to 65535"),
         (np.full((2, 8, 8, 3), np.nan), ValueError, "got float64 from nan"),
         (np.zeros((2, 5, 8, 8)), ValueError, r"got shape \(2, 5, 8, 8\)"),
         (np.zeros((3, 8, 8), np.uint8), ValueError, r"got shape \(3, 8, 8\)"),
