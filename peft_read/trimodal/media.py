@@ -46,7 +46,7 @@ class Sound:
     """Sound of one channel.
 
     Attributes:
-        samples: `(samples,)`, in [-1, 1].
+        samples: `(samples,)`, in [-1, 1]; as loud as it was given if it is a louder waveform.
         start: the second at which it begins.
     """
 
@@ -258,12 +258,17 @@ def decode_sound(source: Source, rate: int) -> Sound | None:
 class _Mixer:
     """Resamples decoded sound and mixes its channels.
 
+    Args:
+        rate: samples a second to resample to.
+        loudest: what sound is clipped to, from the overshoot of resampling.
+
     Attributes:
         waiting: how many samples have gone in and not yet come out, at the new rate.
     """
 
-    def __init__(self, rate: int) -> None:
+    def __init__(self, rate: int, loudest: float = 1.0) -> None:
         self.rate = rate
+        self.loudest = loudest
         self.waiting = 0.0
         self._resampler: Any = None
         self._mixed: list[int] = []
@@ -279,7 +284,9 @@ class _Mixer:
         if frame is not None:
             self.waiting += frame.samples * self.rate / frame.sample_rate
         resampled = [part.to_ndarray() for part in self._resampler.resample(frame)]  # None gets what it still holds
-        mixed = [np.clip(part[self._mixed].mean(0), -1.0, 1.0).astype(np.float32) for part in resampled]
+        mixed = [
+            np.clip(part[self._mixed].mean(0), -self.loudest, self.loudest).astype(np.float32) for part in resampled
+        ]
         self.waiting -= sum(len(part) for part in mixed)
         return mixed
 
@@ -288,7 +295,7 @@ def resample(sound: NDArray[Any], rate: int, wanted: int) -> NDArray[np.float32]
     """Sound at another rate.
 
     Args:
-        sound: `(samples,)`, floats in [-1, 1].
+        sound: `(samples,)`, floats in [-1, 1]; if louder, it stays so.
         rate: its samples a second.
         wanted: samples a second to resample to.
 
@@ -303,8 +310,8 @@ def resample(sound: NDArray[Any], rate: int, wanted: int) -> NDArray[np.float32]
         return sound
     frame = _av().AudioFrame.from_ndarray(sound[None], format="flt", layout="mono")
     frame.sample_rate = rate
-    mixer = _Mixer(wanted)
-    return np.concatenate([*mixer(frame), *mixer(None)])
+    mixer = _Mixer(wanted, max(1.0, float(np.abs(sound).max())))
+    return np.concatenate([np.zeros(0, np.float32), *mixer(frame), *mixer(None)])
 
 
 def is_source(item: Any) -> bool:

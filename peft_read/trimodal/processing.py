@@ -28,6 +28,7 @@ from transformers.utils.hub import PushToHubMixin
 from .configuration import TrimodalConfig
 from .media import Frames, Sound, is_source
 from .media import Path as AnyPath
+from .options import frame_count, frame_rate, of_each, sample_rate
 from .pictures import frames_of
 from .sounds import features_of, segment_length, sound_of
 
@@ -75,7 +76,7 @@ class TrimodalProcessor(PushToHubMixin):
     ) -> None:
         if sum(part is not None for part in (vision, audio, text)) < 2:
             raise ValueError("A TrimodalProcessor needs at least two of `vision`, `audio` and `text`.")
-        _check_num_frames(num_frames)
+        num_frames = frame_count(num_frames)
         if frame_padding not in ("longest", "max_length"):
             raise ValueError(f"`frame_padding` must be 'longest' or 'max_length', got {frame_padding!r}.")
         if audio is not None:
@@ -161,14 +162,13 @@ class TrimodalProcessor(PushToHubMixin):
             ImportError: if there are files to read, and PyAV isn't installed.
             FileNotFoundError: if there is no such file.
             TypeError: if an option isn't known, or something is no video, sound or text.
-            ValueError: if lists have different lengths, there is no processor for something, or a sample can't be
-                read; the message says which.
+            ValueError: if lists have different lengths, a rate or number isn't one, there is no processor for
+                something, or a sample can't be read; the message says which.
         """
         if str(getattr(return_tensors, "value", return_tensors)) not in ("pt", "np"):
             raise ValueError(f"`return_tensors` must be 'pt' or 'np', got {return_tensors!r}.")
         self._check_options(text_options)
-        if num_frames is not None:
-            _check_num_frames(num_frames)
+        count = frame_count(self.num_frames if num_frames is None else num_frames)
         if isinstance(audio, str):
             if audio != "videos":
                 raise ValueError(f"`audio` must be a list, or 'videos' for the videos' own sound, got {audio!r}.")
@@ -178,14 +178,14 @@ class TrimodalProcessor(PushToHubMixin):
                 )
             audio = videos
         size = self._check_samples({"vision": videos, "audio": audio, "text": text})
-        rates, speeds = _each(sampling_rate, size, "sampling_rate"), _each(fps, size, "fps")
+        rates = of_each(sampling_rate, size, "sampling_rate", sample_rate)
+        speeds = of_each(fps, size, "fps", frame_rate)
         batch: dict[str, Tensor] = {}
         sounds: list[Sound | None] = [None] * size
         if audio is not None:
             wanted = self.audio.sampling_rate
             sounds = _of_samples("audio", audio, lambda row, each: sound_of(each, rates[row], wanted))
         if videos is not None:
-            count = self.num_frames if num_frames is None else num_frames
             frames = _of_samples("videos", videos, lambda row, each: frames_of(each, count, speeds[row]))
             if any(each is not None for each in frames):
                 batch |= self._pictures(frames, sounds, count)
@@ -347,22 +347,8 @@ def _load(folder: Path, kind: str, name: str) -> Any:
         return getattr(transformers, name).from_pretrained(folder)
 
 
-def _check_num_frames(num_frames: int) -> None:
-    if num_frames < 1:
-        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
-
-
 def _may_have_sound(video: Any) -> bool:
     return video is None or isinstance(video, bytes | bytearray | dict) or is_source(video)
-
-
-def _each(value: Any, size: int, name: str) -> list[Any]:
-    """A setting of each sample."""
-    if not isinstance(value, Sequence):
-        return [value] * size
-    if len(value) != size:
-        raise ValueError(f"`{name}` has {len(value)} values for {size} samples.")
-    return list(value)
 
 
 def _of_samples(name: str, samples: Sequence[Any], read: Callable[[int, Any], T]) -> list[T]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .media import Sound, decode_sound, is_source, resample
+from .options import sample_rate
 
 
 # Spectrograms of extractors that don't say what they do: Kaldi's windows, in seconds.
@@ -40,7 +41,7 @@ def sound_of(sound: Any, rate: int | None, wanted: int) -> Sound | None:
 
     Raises:
         TypeError: if it is none of these.
-        ValueError: if a waveform's rate isn't known, or it isn't one.
+        ValueError: if a waveform's rate isn't known or no whole number, or it isn't a waveform.
     """
     if isinstance(sound, Mapping):
         array = sound.get("array", sound.get("raw"))
@@ -63,15 +64,15 @@ def sound_of(sound: Any, rate: int | None, wanted: int) -> Sound | None:
         sound = sound.get_all_samples()
     start = 0.0
     if hasattr(sound, "sample_rate") and hasattr(sound, "data"):
-        sound, rate, start = sound.data, int(sound.sample_rate), float(getattr(sound, "pts_seconds", 0.0))
+        sound, rate, start = sound.data, sound.sample_rate, float(getattr(sound, "pts_seconds", 0.0))
     elif isinstance(sound, tuple) and len(sound) == 2 and np.ndim(sound[1]) == 0:
-        sound, rate = sound[0], int(sound[1])
+        sound, rate = sound[0], sound[1]
     samples = _samples(sound)
     if rate is None:
         raise ValueError(
             "Give the `sampling_rate` of the waveforms in `audio`: without it nobody knows how long they are."
         )
-    samples = resample(samples, int(rate), wanted)
+    samples = resample(samples, sample_rate(rate), wanted)
     return Sound(samples, start) if len(samples) else None
 
 
@@ -146,7 +147,7 @@ def segment_length(extractor: Any, seconds: float | None) -> float:
     most = hears(extractor)
     if seconds is None:
         return most or LONGEST
-    if seconds <= 0 or (most is not None and seconds > most):
+    if not 0 < seconds < np.inf or (most is not None and seconds > most):
         raise ValueError(
             f"`segment_seconds` must be positive and at most the {most or 'many'} seconds that a "
             f"{type(extractor).__name__} takes, got {seconds}."

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from media_files import PEAK, RATE, SIDE, seconds_of, tone, turned, write
 
-from peft_read.trimodal.media import decode_frames, decode_sound, read_frames
+from peft_read.trimodal.media import decode_frames, decode_sound, read_frames, resample
 
 
 def heard(sound, rate=RATE):
@@ -106,6 +106,10 @@ def test_loudness_is_that_of_one_channel(layout, channels, rate, tmp_path):
     assert (start, end) == (pytest.approx(0.5, abs=0.05), pytest.approx(1.5, abs=0.05))
     loud = decode_sound(write(tmp_path / "loud.mkv", [], sound=1.98 * wave, rate=rate, layout=layout), RATE)
     assert 0.9 < np.abs(loud.samples).max() <= 1.0
+
+
+def test_less_than_a_sample_is_none():
+    assert resample(np.ones(20, np.float32), 10_000_000, RATE).shape == (0,)
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv"])

@@ -164,6 +164,7 @@ SOUNDS = {
     "half": torch.from_numpy(WAVE).half(),
     "pair": (WAVE, RATE),
     "dict": {"array": WAVE, "sampling_rate": RATE, "path": None},
+    "dict of tensors": {"array": torch.from_numpy(WAVE), "sampling_rate": torch.tensor(RATE)},
     "dict as of pipelines": {"raw": WAVE, "sampling_rate": RATE},
 }
 
@@ -212,6 +213,47 @@ def test_rates_of_each_sample():
     assert batch["audio_mask"].sum(1).tolist() == [RATE, pytest.approx(2 * RATE, abs=64), 0]
     with pytest.raises(ValueError, match="`sampling_rate` has 1 values for 2 samples"):
         processor()(audio=[WAVE, WAVE], text=["a"] * 2, sampling_rate=[RATE])
+
+
+@pytest.mark.parametrize("rate", [True, 0, -RATE, 8000.5, np.nan, np.inf, "16000", 2**31 - 1])
+def test_rates_that_are_none_are_refused(rate):
+    """However they are given."""
+    message = "`sampling_rate` must be a whole number of samples a second"
+    for sound in ((WAVE, rate), {"array": WAVE, "sampling_rate": rate}):
+        with pytest.raises(ValueError, match=rf"audio\[0\]: .*{message}"):
+            processor()(audio=[sound], text=["a"])
+    for given in (rate, [rate]):
+        with pytest.raises(ValueError, match=message):
+            processor()(audio=[WAVE], text=["a"], sampling_rate=given)
+
+
+@pytest.mark.parametrize("fps", [True, 0, -1, 0.0, np.nan, np.inf, 1e-320, 1e-30, "25"])
+def test_frame_rates_that_are_none_are_refused(fps):
+    for given in (fps, [fps]):
+        with pytest.raises(ValueError, match="`fps` must be a number of frames a second"):
+            processor()(videos=[VIDEO], text=["a"], fps=given)
+
+
+@pytest.mark.parametrize("count", [True, 2.5, "4", 0, -1, np.nan])
+def test_numbers_of_frames_that_are_none_are_refused(count):
+    for make in (lambda: processor(num_frames=count), lambda: processor()([VIDEO], text=["a"], num_frames=count)):
+        with pytest.raises(ValueError, match="`num_frames` must be at least 1, a whole number"):
+            make()
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    one = processor()([VIDEO], [WAVE], ["a"], sampling_rate=np.int64(RATE), fps=np.float32(2), num_frames=np.int64(3))
+    each = processor()([VIDEO], [WAVE], ["a"], sampling_rate=float(RATE), fps=torch.tensor([2]), num_frames=3)
+    assert all(torch.equal(one[name], each[name]) for name in one)
+    assert processor(num_frames=np.int64(3)).num_frames.__class__ is int
+
+
+@pytest.mark.parametrize("rate", [RATE, 2 * RATE, RATE // 2, 44100])
+def test_a_loud_waveform_stays_as_loud_at_any_rate(rate):
+    wave = 1.5 * np.sin(2 * np.pi * 200 * np.arange(rate) / rate)
+    heard = processor()(audio=[wave], text=["a"], sampling_rate=rate)["input_values"][0, RATE // 4 : RATE // 2]
+    expected = 1.5 * np.sin(2 * np.pi * 200 * np.arange(RATE) / RATE)[RATE // 4 : RATE // 2]
+    np.testing.assert_allclose(heard, expected, atol=0.02)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 10])
