@@ -129,7 +129,12 @@ def prepare(args: argparse.Namespace, processes: PartialState) -> None:
             raise SystemExit(f"--batch-size {args.batch_size} is no multiple of {processes.num_processes} processes.")
         if processes.is_main_process:
             check_output(args.output)
-        make_config(args.method, args.method_config, [])  # a mistake there shows before anything is made
+        make_config(args.method, args.method_config, [])  # a mistake shows before anything is made, here and below
+    if processes.is_main_process:
+        if args.data is not None:
+            read_annotations(args.data)
+        if args.pairs not in (None, MADE):
+            read_captions(args.pairs)
     if processes.num_processes == 1:
         make_defaults(args)
     elif args.data is None or args.model is None or args.pairs == MADE:
@@ -145,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--frame-encoder", help="vision model of transformers for the frames, a folder or hub id")
     parser.add_argument("--clip-seconds", type=float, default=ordered_digits.CLIP_SECONDS, help="length of a clip")
     parser.add_argument("--method", default="read", help="a PEFT method, such as read or lora, or head for none")
-    parser.add_argument("--method-config", type=json.loads, help="fields of the method's config, as JSON")
+    parser.add_argument("--method-config", type=fields_of_json, help="fields of the method's config, as JSON")
     parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--batch-size", type=int, default=8, help="examples in a step, on all devices together")
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: 5e-3; the head's is 1e-2)")
@@ -172,6 +177,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.model is None) != (args.frame_encoder is None):
         parser.error("--model and --frame-encoder go together: the default of one doesn't fit another of the other")
+    if args.data is not None and args.model is None:
+        parser.error("--data holds videos of yours: name a --model and a --frame-encoder; those made here know digits")
     if (args.pvla_weight or args.pvla_gradient_share) and args.method != "read":
         parser.error("--pvla-weight and --pvla-gradient-share align the blocks that --method read adapts")
     if args.pairs is not None and not (args.pvla_weight or args.pvla_gradient_share):
@@ -179,6 +186,17 @@ def parse_arguments() -> argparse.Namespace:
     if args.clip_seconds <= 0 or args.steps <= 0 or args.batch_size <= 0:
         parser.error("--clip-seconds, --steps and --batch-size must be positive")
     return args
+
+
+def fields_of_json(text: str) -> dict[str, Any]:
+    """What `--method-config` is given."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no object of JSON; expected something like '{{\"r\": 4}}'")
+    return fields
 
 
 def made_once(args: argparse.Namespace) -> Path:

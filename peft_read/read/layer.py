@@ -72,7 +72,8 @@ class ReadLayer(AdapterLayer):
     adapter_layer_names: tuple[str, ...] = ("read_downward", "read_recurrence", "read_upward")
     other_param_names: tuple[str, ...] = ("r", "scaling", "num_frames", "activation", "read_dropout")
     cannot_merge = (
-        "READ can't be merged: its recurrence looks at other time steps, so it can't be folded into a layer's matrix. "
+        "READ can't be merged: its activation, and its recurrence over other time steps, can't be folded into a "
+        "layer's matrix. "
         "Keep the adapter beside the model, or call `unload()` to get the base model back."
     )
 

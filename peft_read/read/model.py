@@ -170,9 +170,12 @@ class ReadModel(AdapterTuner):
         """Size of the last dimension of a module's output, None if it can't have one or can't be told."""
         if isinstance(module, UNFIT):
             return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a layer is of an unusual type is for us to judge
+        if isinstance(module, nn.Linear | Conv1D):
             width = _get_in_out_features(module)[1]
+        else:  # that a layer is of an unusual type is for us to judge
+            with warnings.catch_warnings():  # which makes Python show again what it has shown: not where there is none
+                warnings.simplefilter("ignore")
+                width = _get_in_out_features(module)[1]
         if width is None:
             config = getattr(owner_of(self.model, name), "config", None)
             width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)

@@ -355,14 +355,25 @@ def test_what_the_user_has_is_not_overwritten(tmp_path, monkeypatch):
         (["--method", "loar"], "--method loar is no PEFT method"),
         (["--method-config", '{"cell": "mamba"}'], "`cell` must be one of"),
         (["--method", "lora", "--pvla-weight", "0.1"], "align the blocks that --method read adapts"),
+        (["--method-config", "{r: 4}"], "no object of JSON"),
         (["--pairs"], "--pairs are aligned by PVLA: set --pvla-weight"),
+        (["--data", "mine"], "name a --model and a --frame-encoder"),
     ],
 )
-def test_a_wrong_method_is_refused_at_once(arguments, message, tmp_path, monkeypatch, capsys):
-    """Before data and base are made: no such method, or a field that it can't have."""
+def test_a_wrong_command_is_refused_at_once(arguments, message, tmp_path, monkeypatch, capsys):
+    """Before data and base are made: no such method, a field that it can't have, videos without models for them."""
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, *arguments, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
     assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("option", ["--data", "--pairs"])
+def test_a_wrong_folder_is_refused_at_once(option, tmp_path, monkeypatch):
+    """Before models are looked up, and anything is made."""
+    arguments = ["--model", "m", "--frame-encoder", "e", "--pvla-weight", 1, option, tmp_path / "nowhere"]
+    with pytest.raises(FileNotFoundError, match=r"annotations\.jsonl isn't there"):
+        call(monkeypatch, *arguments, "--output", tmp_path / "out", "--cache", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -1,5 +1,7 @@
 """Targets that can't be adapted are refused before anything is wrapped; unusual ones that can be are right."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import CLOSE, adapted, batch_of, images, padding_mask, result, strengthen, token_rows
@@ -283,3 +285,13 @@ def test_models_with_time_first_are_refused():
     with pytest.raises(ValueError, match="a model of type xlnet has its tokens along the first axis"):
         get_peft_model(XLNetModel(config), ReadConfig())
     assert get_peft_model(XLNetModel(config), ReadConfig(cell="none")).targeted_module_names
+
+
+def test_injection_leaves_warnings_shown():
+    """Python forgets which warnings it has shown wherever some are caught: the same one would come again and again."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            adapted("bert")
+            warnings.warn("once", FutureWarning, stacklevel=1)
+    assert [str(each.message) for each in caught].count("once") == 1
