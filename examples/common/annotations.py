@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 import av
@@ -152,7 +151,7 @@ def _shown(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     # Transport streams have a clock that began before they did.
     zero = (container.start_time or 0) / av.time_base if container.format.flags & NO_ZERO else 0.0
-    held, begin, begins = None, 0.0, deque[float](maxlen=6)
+    held, begin, begins = None, 0.0, deque[float](maxlen=3)
     for frame in container.decode(stream):
         if frame.time is not None:
             begin = frame.time - zero
@@ -164,8 +163,9 @@ def _shown(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
         begins.append(begin)
     if held is None:
         raise ValueError(f"{path} holds no frame that can be decoded.")
-    # How long the last one is shown stands in the file, where some have a mere tick, or nothing.
-    usual = median_low(after - before for before, after in pairwise(begins)) if len(begins) > 1 else 1 / rate
+    # How long the last one is shown stands in the file, where some have a mere tick, or nothing. Then that is as
+    # for the two before it, the shorter time: one of them may be a still.
+    usual = min((after - before for before, after in pairwise(begins)), default=1 / rate)
     length = float((held.duration or 0) * (held.time_base or 0))
     # The end itself is the middle of what is left if that is half a clip.
     yield held, _checked(begin + (length if 4 * length >= usual else usual) + 2 * ROUNDING, begin, path)

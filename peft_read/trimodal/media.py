@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
-from statistics import median_low
 from types import ModuleType
 from typing import IO, Any
 
@@ -120,9 +119,9 @@ class _Shown:
 
 
 def _usual(begins: list[int], otherwise: float) -> int:
-    """How long the last few frames are shown, but for one among them that is shown for longer."""
-    gaps = [after - before for before, after in pairwise(begins[-6:])]
-    return max(1, median_low(gaps) if gaps else round(otherwise))
+    """How long the two frames before the last are shown, the shorter time: one of them may be a still."""
+    gaps = [after - before for before, after in pairwise(begins[-3:])]
+    return max(1, min(gaps, default=round(otherwise)))
 
 
 def _choose(begins: Sequence[int], end: int, wanted: int) -> tuple[list[int], NDArray[np.float64]]:
