@@ -116,7 +116,7 @@ class PvlaLoss(nn.Module):
                 most half of what a word of weight 1 can, one of weight 0 takes no part. All count by default.
 
         Raises:
-            ValueError: if the shapes don't fit, or a weight is negative.
+            ValueError: if the shapes don't fit, a weight is negative, or a frame mask has other values than 0 and 1.
         """
         details = self.details(video, words, frame_mask, word_mask)
         return details.loss.sum() / details.valid.sum().clamp(min=1)
@@ -259,6 +259,11 @@ def _check(video: Tensor, words: Tensor, frame_mask: Tensor | None, word_mask: T
         )
     if frame_mask is not None and frame_mask.shape != video.shape[:2]:
         raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; the video has {tuple(video.shape[:2])}.")
+    if frame_mask is not None and frame_mask.dtype != torch.bool and not ((frame_mask == 0) | (frame_mask == 1)).all():
+        raise ValueError(
+            "frame_mask has values other than 0 and 1: a frame is valid or it isn't. Only words have weights; give "
+            "`frame_mask > 0`, or a threshold of your own, to say which frames are meant."
+        )
     if word_mask is not None and word_mask.shape != words.shape[:2]:
         raise ValueError(f"word_mask has shape {tuple(word_mask.shape)}; the words have {tuple(words.shape[:2])}.")
     weighted = word_mask is not None and word_mask.is_floating_point() and word_mask.device.type == "cpu"
