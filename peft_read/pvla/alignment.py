@@ -13,7 +13,7 @@ from .arguments import PvlaArguments
 from .gradient_share import GradientShare
 from .loss import PvlaDetails, PvlaLoss
 from .pairs import PairBatches
-from .source import StateFunction, StateSource, VideoTextStates
+from .source import Batch, StateFunction, StateSource, VideoTextStates
 from .states import state_source
 
 
@@ -75,8 +75,8 @@ class Alignment:
         """The alignment's weight beside the task's loss; 0 before the first measurement of a share."""
         return self.args.pvla_weight if self.share is None else self.share.weight or 0.0
 
-    def align(self, states: VideoTextStates) -> Aligned:
-        """What the loss finds in states, beside those of all other devices.
+    def align(self, states: VideoTextStates, batch: Batch) -> Aligned:
+        """What the loss finds in the states of a batch, beside those of all other devices.
 
         Raises:
             ValueError: if there are negatives to compare with and the states have met.
@@ -88,7 +88,10 @@ class Alignment:
                     "If it takes them apart from each other, let it say so: VideoTextStates(..., met=False).",
                 )
             )
-        return Aligned(states, self.loss.details(*states[:4], across_devices=self.loss.negatives))
+        if not self.loss.negatives:
+            return Aligned(states, self.loss.details(*states[:4]))
+        tokens = self.source.words(batch)  # which tell equal sentences under dropout, too
+        return Aligned(states, self.loss.details(*states[:4], across_devices=True, tokens=tokens))
 
 
 @contextmanager

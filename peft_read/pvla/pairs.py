@@ -25,7 +25,7 @@ class PairBatches:
         workers: processes that load, as of `DataLoader`; 0: none.
 
     Raises:
-        ValueError: if the data set has no length, or fewer pairs than a batch of all processes; or if a batch has none.
+        ValueError: if the data set has no length, or fewer pairs than a batch of all processes; if a batch has none.
     """
 
     def __init__(

@@ -203,7 +203,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
             with pvla.source.recording():
                 asks = return_outputs or pvla.source.reads_outputs
                 task, outputs = self.step_mean_loss(model, inputs, asks, num_items_in_batch)
-                aligned = pvla.align(pvla.source.states(model, batch, outputs))
+                aligned = pvla.align(pvla.source.states(model, batch, outputs), batch)
                 if in_step:
                     alignment = self._mean_over_step(pvla, aligned.details)
                     self._measure(pvla, task / divisor, alignment, aligned, batch)
@@ -226,7 +226,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         batch = self._without_labels(self._on_device(pvla.pairs.at(self.state.global_step)))
         with self.compute_loss_context_manager(), pvla.source.recording():
             outputs = pvla.source.run(model, batch)
-            aligned = pvla.align(pvla.source.states(model, batch, outputs))
+            aligned = pvla.align(pvla.source.states(model, batch, outputs), batch)
             pvla.samples_in_step = self.accelerator.reduce(aligned.details.valid.sum())
             alignment = self._mean_over_step(pvla, aligned.details)
             self._measure(pvla, task, alignment, aligned, batch)

@@ -5,10 +5,11 @@ import torch
 from alignment import CASES, Case, step_by_hand, steps_logged, trainer_of, weights
 from alignment_batches import generated, marked, pictured
 from alignment_inputs import MODELS, Tokens, grounding, of_grounding, watched
-from alignment_models import VISUAL, bart, bert, llava
+from alignment_models import VISUAL, adapt, bart, bert, llava
 from video_grounding.features import Collator
 
 from peft_read import PvlaTrainingArguments, VideoTextStates
+from peft_read.pvla.sequences import InputStates
 from peft_read.pvla.tokens import TokenMasks
 
 
@@ -110,6 +111,34 @@ def test_a_step_with_negatives(name, tmp_path):
     assert logs[-1]["pvla_gap"] > logs[0]["pvla_gap"] + 0.01
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_task_loss"] + 30 * metrics["eval_pvla_loss"], rel=1e-5)
+
+
+def test_a_sentence_is_not_told_from_itself_under_dropout(tmp_path):
+    """Its ids tell that it is the same, where dropout gives its words other states in each sample."""
+    case = CASES["siglip"]
+    said = {name: case.data()[0][name] for name in ("input_ids", "attention_mask")}
+    data = [row | said for row in case.data()]
+    model = adapt(case.model().unload(), dropout=0.5)
+    trainer = trainer_of(case, model, tmp_path, data, pvla_negatives=True, pvla_health_steps=1)
+    trainer.train()
+    (log,) = steps_logged(trainer)
+    assert log["pvla_loss"] == 0
+    assert log["pvla_gap"] != 0  # the states do differ
+
+
+def test_ids_are_those_of_words_only_where_frames_come_behind_them():
+    """Else the sequence's words lie elsewhere among the ids, and their states have to tell them."""
+    source, ids = InputStates(grounding()), torch.arange(12).view(2, 6)
+
+    def told(frames, text):
+        video, words = (torch.tensor([[i in places for i in range(9)]] * 2) for places in (frames, text))
+        return source.words({"input_ids": ids, "video_token_mask": video, "text_token_mask": words})
+
+    found, mask = told((6, 7, 8), (1, 2))
+    assert torch.equal(found, ids)
+    assert mask.tolist() == [[False, True, True, False, False, False]] * 2
+    assert told((0, 1, 2), (3, 4)) is None
+    assert told((6, 7), (1, 8)) is None
 
 
 def test_negatives_need_a_batch(tmp_path):

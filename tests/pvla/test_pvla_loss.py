@@ -239,7 +239,7 @@ def test_a_frame_is_valid_or_not(odd):
         torch.testing.assert_close(found, PvlaLoss()(video, words, frame_mask), rtol=0, atol=0)
     weights = frame_mask.double()
     weights[0, 1] = odd
-    with pytest.raises(ValueError, match="frame_mask has values other than 0 and 1.*Only words have weights"):
+    with pytest.raises(ValueError, match=r"frame_mask has values other than 0 and 1.*Only words have weights"):
         PvlaLoss()(video, words, weights)
 
 
