@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
 
+class Contrast(NamedTuple):
+    """Of each sample.
+
+    Attributes:
+        loss: `(batch,)`; 0 where there is nothing to tell it from.
+        compared: `(batch,)`, whether there is.
+    """
+
+    loss: Tensor
+    compared: Tensor
+
+
 def contrastive_losses(
     own_video: Tensor, own_words: Tensor, valid: Tensor, same: Tensor, temperature: float, first: int = 0
-) -> Tensor:
+) -> Contrast:
     """InfoNCE in both directions, with the transport distance as the score (van den Oord et al. 2018, 1807.03748).
 
     A sample's loss is the mean of two cross entropies: its own sentence among all sentences, as far as each is from
@@ -23,9 +37,6 @@ def contrastive_losses(
         same: `(batch, all)`, sentences that say the same as the own one: no negatives either.
         temperature: of the softmax, in the unit of the distances.
         first: where the own samples begin among all.
-
-    Returns:
-        `(batch,)`.
     """
     batch = len(own_video)
     own = torch.arange(first, first + batch, device=own_video.device)
@@ -35,7 +46,8 @@ def contrastive_losses(
         F.cross_entropy((-distances / temperature).masked_fill(left_out, -torch.inf), own, reduction="none")
         for distances in (own_video, own_words)
     )
-    return torch.where(valid[own], losses / 2, 0)
+    compared = valid[own] & (~is_own & ~left_out).any(1)
+    return Contrast(torch.where(valid[own], losses / 2, 0), compared)
 
 
 def sentence_keys(ids: Tensor, counts: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ class PvlaDetails(NamedTuple):
         plan: `(batch, frames, words)`, the share of the transported mass that goes from each frame to each word.
         residual: `(batch,)`, how far from optimal the plan is, as a share of the transported mass.
         valid: `(batch,)`, whether there is a frame and a word that can carry mass.
+        compared: `(batch,)`, whether the loss says something: as `valid` or, with negatives, where there are some.
     """
 
     loss: Tensor
@@ -36,6 +37,7 @@ class PvlaDetails(NamedTuple):
     plan: Tensor
     residual: Tensor
     valid: Tensor
+    compared: Tensor
 
 
 class PvlaLoss(nn.Module):
@@ -157,7 +159,7 @@ class PvlaLoss(nn.Module):
             if not self.negatives:
                 costs = self._costs(video, words, "bfd,bwd->bfw")
                 distance, plan, residual, valid = self._transport(costs, frames_count, words_count)
-                return PvlaDetails(distance, distance, plan, residual, valid)
+                return PvlaDetails(distance, distance, plan, residual, valid, valid)
             keys = words.new_zeros(len(words), 1, dtype=torch.long) if tokens is None else sentence_keys(*tokens)
             return self._contrast(video, words, frames_count, words_count, keys, across_devices)
 
@@ -199,9 +201,9 @@ class PvlaLoss(nn.Module):
             by_states = same_states(all_words, all_words_count, words, words_count)
             same = torch.where(known[first : first + batch, None] & known, same, by_states)
         all_valid = all_frames_count.any(1) & (all_words_count > 0).any(1)
-        loss = contrastive_losses(by_video, by_words, all_valid, same, self.temperature, first)
+        loss, compared = contrastive_losses(by_video, by_words, all_valid, same, self.temperature, first)
         plan = plan[:, :, : words.shape[1]]  # other devices' sentences may be longer
-        return PvlaDetails(loss, distance, plan, residual, valid)
+        return PvlaDetails(loss, distance, plan, residual, valid, compared)
 
     def _transport_pairs(
         self, video: Tensor, words: Tensor, frames_count: Tensor, words_count: Tensor

@@ -145,8 +145,39 @@ def test_negatives_need_a_batch(tmp_path):
     """Of one sample on one device there are none."""
     with pytest.raises(ValueError, match="raise per_device_train_batch_size"):
         trainer_of(MODELS["own model"], grounding(), tmp_path, batch=1, pvla_negatives=True)
+    case = CASES["siglip"]
+    one = {"pvla_negatives": True, "per_device_eval_batch_size": 1}
+    with pytest.raises(ValueError, match="a batch has one: raise per_device_eval_batch_size"):
+        trainer_of(case, case.model(), tmp_path, evaluate=case.data(), **one)
+    trainer = trainer_of(case, case.model(), tmp_path, pvla_negatives=True)
+    trainer.args.per_device_eval_batch_size = 1
+    with pytest.raises(ValueError, match="a batch has one: raise per_device_eval_batch_size"):
+        trainer.evaluate(case.data())
     with pytest.raises(ValueError, match="temperature=0"):
         PvlaTrainingArguments(str(tmp_path), use_cpu=True, pvla_temperature=0.0)
+
+
+def test_evaluation_with_negatives_is_the_mean_over_those_that_have_some(tmp_path):
+    """A last batch of one says nothing; one of three counts as three; all of one sentence are 0."""
+    case, data = CASES["siglip"], CASES["siglip"].data()
+    model = case.model()
+
+    def evaluated(data, batch):
+        options = {"pvla_negatives": True, "per_device_eval_batch_size": batch, "pvla_weight": 0.7}
+        metrics = trainer_of(case, model, tmp_path, evaluate=data, **options).evaluate()
+        whole = metrics["eval_task_loss"] + 0.7 * metrics["eval_pvla_loss"]
+        assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-6)
+        return metrics["eval_pvla_loss"]
+
+    four, two, three = evaluated(data[:4], 4), evaluated(data[4:6], 2), evaluated(data[4:7], 3)
+    assert four > 0.5
+    assert evaluated(data[:5], 4) == pytest.approx(four, rel=1e-5)
+    assert evaluated(data[:6], 4) == pytest.approx((4 * four + 2 * two) / 6, rel=1e-5)
+    assert evaluated(data[:7], 4) == pytest.approx((4 * four + 3 * three) / 7, rel=1e-5)
+    said = {name: data[0][name] for name in ("input_ids", "attention_mask")}
+    same = [row | said for row in data[:4]]
+    assert evaluated(same, 4) == 0
+    assert evaluated(data[:4] + same, 4) == pytest.approx(four, rel=1e-5)
 
 
 def test_a_share_of_the_gradient_is_measured_where_both_losses_reach(tmp_path):
