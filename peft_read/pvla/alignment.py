@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from .arguments import PvlaArguments
 from .gradient_share import GradientShare
 from .loss import PvlaDetails, PvlaLoss
 from .pairs import PairBatches
-from .source import StateFunction, StateSource, VideoTextStates
+from .source import Batch, StateFunction, StateSource, VideoTextStates
 from .states import state_source
 
 
@@ -22,6 +23,43 @@ MET = (
     "has seen its own sentence, and copying it into the frames tells it from all others: nothing is learnt about the "
     "video. {}"
 )
+
+
+def check_batch(size: int, processes: int, option: str) -> None:
+    """Raise a `ValueError` that names the option if a batch of this size on each process has no negatives."""
+    if size * processes < 2:
+        raise ValueError(f"pvla_negatives compares the samples of a batch, and a batch has one: raise {option}.")
+
+
+@dataclass
+class EvaluatedBatch:
+    """A batch on its way through evaluation.
+
+    Attributes:
+        masks: its token masks, which neither the model nor `generate` must see.
+        task: its loss of the task, once that is known.
+        details: likewise, what the alignment's loss found out about its samples.
+    """
+
+    masks: dict[str, Tensor]
+    task: Tensor | None = None
+    details: PvlaDetails | None = None
+
+    def rows(self, samples: int, negatives: bool) -> Tensor:
+        """Of each sample the task's loss, the alignment's, and how much the latter counts: `(samples, 3)`.
+
+        Without negatives these are the batch's means. With them samples without others to be told from don't count.
+        """
+        assert self.task is not None
+        assert self.details is not None
+        if not negatives:
+            means = [self.task.detach().float(), mean_distance(self.details).detach().float()]
+            return torch.stack([*means, torch.ones_like(means[0])]).repeat(samples, 1)
+        sides = []
+        for side in (self.details.loss.detach().float(), self.details.compared.float()):
+            of_each = len(side) % samples == 0  # else a function gives others than the batch's
+            sides.append(side.view(-1, samples).sum(0) if of_each else side.sum().expand(samples) / samples)
+        return torch.stack([self.task.detach().float().expand(samples), *sides], 1)
 
 
 class Aligned(NamedTuple):
@@ -75,8 +113,8 @@ class Alignment:
         """The alignment's weight beside the task's loss; 0 before the first measurement of a share."""
         return self.args.pvla_weight if self.share is None else self.share.weight or 0.0
 
-    def align(self, states: VideoTextStates) -> Aligned:
-        """What the loss finds in states, beside those of all other devices.
+    def align(self, states: VideoTextStates, batch: Batch) -> Aligned:
+        """What the loss finds in the states of a batch, beside those of all other devices.
 
         Raises:
             ValueError: if there are negatives to compare with and the states have met.
@@ -88,7 +126,10 @@ class Alignment:
                     "If it takes them apart from each other, let it say so: VideoTextStates(..., met=False).",
                 )
             )
-        return Aligned(states, self.loss.details(*states[:4], across_devices=self.loss.negatives))
+        if not self.loss.negatives:
+            return Aligned(states, self.loss.details(*states[:4]))
+        tokens = self.source.words(batch)  # which tell equal sentences under dropout, too
+        return Aligned(states, self.loss.details(*states[:4], across_devices=True, tokens=tokens))
 
 
 @contextmanager

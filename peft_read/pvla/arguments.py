@@ -16,6 +16,11 @@ from .words import WORDS
 class PvlaArguments:
     """The options of PVLA; inherit from this and from a class of training arguments, in this order.
 
+    With `pvla_negatives` the alignment's loss in evaluation is that of telling a sample from the others of its
+    evaluation batch, on all devices: the mean over the samples that have such others, a last batch's as well, and 0
+    where no sample has any. More others are harder to tell apart, so compare it, and the `eval_loss` that it is in, at
+    one `per_device_eval_batch_size` only, of 2 at least.
+
     Raises:
         ValueError: if an option is out of its range.
     """

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
 
+class Contrast(NamedTuple):
+    """Of each sample.
+
+    Attributes:
+        loss: `(batch,)`; 0 where there is nothing to tell it from.
+        compared: `(batch,)`, whether there is.
+    """
+
+    loss: Tensor
+    compared: Tensor
+
+
 def contrastive_losses(
     own_video: Tensor, own_words: Tensor, valid: Tensor, same: Tensor, temperature: float, first: int = 0
-) -> Tensor:
+) -> Contrast:
     """InfoNCE in both directions, with the transport distance as the score (van den Oord et al. 2018, 1807.03748).
 
     A sample's loss is the mean of two cross entropies: its own sentence among all sentences, as far as each is from
@@ -23,9 +37,6 @@ def contrastive_losses(
         same: `(batch, all)`, sentences that say the same as the own one: no negatives either.
         temperature: of the softmax, in the unit of the distances.
         first: where the own samples begin among all.
-
-    Returns:
-        `(batch,)`.
     """
     batch = len(own_video)
     own = torch.arange(first, first + batch, device=own_video.device)
@@ -35,13 +46,33 @@ def contrastive_losses(
         F.cross_entropy((-distances / temperature).masked_fill(left_out, -torch.inf), own, reduction="none")
         for distances in (own_video, own_words)
     )
-    return torch.where(valid[own], losses / 2, 0)
+    compared = valid[own] & (~is_own & ~left_out).any(1)
+    return Contrast(torch.where(valid[own], losses / 2, 0), compared)
 
 
-def same_sentences(words: Tensor, word_mask: Tensor, own: Tensor, own_mask: Tensor) -> Tensor:
-    """Which sentences are made of the same words, whatever their order: `(own, all)`, bool.
+def sentence_keys(ids: Tensor, counts: Tensor | None) -> Tensor:
+    """What tells sentences made of the same words, whatever their order: `(batch, tokens)`.
 
-    Told by the sums of the words' states, which differ where a word does.
+    The ids of the words that count, the largest first, each raised by 1; then zeros. All zeros: not known.
+
+    Args:
+        ids: `(batch, tokens)`, of the tokenizer.
+        counts: `(batch, tokens)`, true or above 0 where a token is a word that counts; None: all are.
+    """
+    raised = ids.long() + 1
+    return (raised if counts is None else raised.masked_fill(counts <= 0, 0)).sort(descending=True).values
+
+
+def same_keys(keys: Tensor, own: Tensor) -> Tensor:
+    """Which sentences have the same words by `sentence_keys`: `(own, all)`, bool."""
+    return (own[:, None] == keys).all(-1)
+
+
+def same_states(words: Tensor, word_mask: Tensor, own: Tensor, own_mask: Tensor) -> Tensor:
+    """Which sentences are made of words with the same states, whatever their order: `(own, all)`, bool.
+
+    States are the same that differ by no more than rounding: a ten thousandth of their distance from the mean of all
+    words, a millionth of that mean. Dropout, which gives a sentence other states each time, makes other ones of it.
 
     Args:
         words: `(all, words, dim)`, the states of all sentences.
@@ -49,12 +80,24 @@ def same_sentences(words: Tensor, word_mask: Tensor, own: Tensor, own_mask: Tens
         own: `(own, words, dim)`, states of those to compare.
         own_mask: `(own, words)`.
     """
-    sums, own_sums = (
-        states.detach().float().masked_fill(mask[..., None] == 0, 0).sum(1)
-        for states, mask in ((words, word_mask), (own, own_mask))
-    )
-    scale = own_sums.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    return (own_sums[:, None] - sums).norm(dim=-1) <= 1e-4 * scale
+    counts, own_counts = word_mask > 0, own_mask > 0
+    words, own = words.detach(), own.detach()
+    mean = words.masked_fill(~counts[..., None], 0).sum((0, 1)) / counts.sum().clamp(min=1)
+    words, own = (x - mean for x in (words, own))
+    rounding = 1e-6 * mean.norm()
+    rows = []
+    for sentence, valid in zip(own, own_counts, strict=True):  # one by one: all pairs of all words would be too many
+        among_all = _near(sentence, words.flatten(0, 1), rounding).view(len(sentence), *counts.shape) & counts
+        among_own = _near(sentence, sentence, rounding) & valid
+        as_often = among_all.sum(-1) == among_own.sum(-1, keepdim=True)
+        rows.append((as_often | ~valid[:, None]).all(0) & (counts.sum(1) == valid.sum()))
+    return torch.stack(rows)
+
+
+def _near(some: Tensor, others: Tensor, rounding: Tensor) -> Tensor:
+    # Distances by products of matrices are too rough to be told from 0.
+    distances = torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances <= 1e-4 * some.norm(dim=1, keepdim=True) + rounding
 
 
 def gathered_over_devices(*tensors: Tensor) -> tuple[list[Tensor], int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import without_autocast
-from .contrast import contrastive_losses, gathered_over_devices, same_sentences
+from .contrast import contrastive_losses, gathered_over_devices, same_keys, same_states, sentence_keys
 from .transport import capacities, partial_transport
 
 
@@ -29,6 +29,7 @@ class PvlaDetails(NamedTuple):
         plan: `(batch, frames, words)`, the share of the transported mass that goes from each frame to each word.
         residual: `(batch,)`, how far from optimal the plan is, as a share of the transported mass.
         valid: `(batch,)`, whether there is a frame and a word that can carry mass.
+        compared: `(batch,)`, whether the loss says something: as `valid` or, with negatives, where there are some.
     """
 
     loss: Tensor
@@ -36,6 +37,7 @@ class PvlaDetails(NamedTuple):
     plan: Tensor
     residual: Tensor
     valid: Tensor
+    compared: Tensor
 
 
 class PvlaLoss(nn.Module):
@@ -59,7 +61,8 @@ class PvlaLoss(nn.Module):
             states.
         marginals: `"unit"` or `"uniform"`, see [`partial_transport`].
         negatives: whether the batch's other samples are negatives. A batch of `n` is then a problem of `n * n` pairs.
-            Sentences made of the same words aren't each other's negatives.
+            Sentences made of the same words aren't each other's negatives. By themselves, words are the same where
+            their states are, as those of a table of embeddings; behind dropout they need their ids, see `details`.
         temperature: of the contrast, in the unit of the distances.
 
     Raises:
@@ -116,7 +119,7 @@ class PvlaLoss(nn.Module):
                 most half of what a word of weight 1 can, one of weight 0 takes no part. All count by default.
 
         Raises:
-            ValueError: if the shapes don't fit, or a weight is negative.
+            ValueError: if the shapes don't fit, a weight is negative, or a frame mask has other values than 0 and 1.
         """
         details = self.details(video, words, frame_mask, word_mask)
         return details.loss.sum() / details.valid.sum().clamp(min=1)
@@ -129,6 +132,7 @@ class PvlaLoss(nn.Module):
         word_mask: Tensor | None = None,
         *,
         across_devices: bool = False,
+        tokens: tuple[Tensor, Tensor | None] | None = None,
     ) -> PvlaDetails:
         """Distances and plans, sample by sample; errors as of the call.
 
@@ -138,6 +142,8 @@ class PvlaLoss(nn.Module):
             frame_mask: see there.
             word_mask: see there.
             across_devices: whether the samples of all processes are negatives, too. All of them have to call then.
+            tokens: ids, `(batch, tokens)`, and which of them are the sentence's words, as a mask or None: all are.
+                They tell which sentences are made of the same words; None: the states of the words do.
         """
         _check(video, words, frame_mask, word_mask)
         frames_count, words_count = (
@@ -153,24 +159,31 @@ class PvlaLoss(nn.Module):
             if not self.negatives:
                 costs = self._costs(video, words, "bfd,bwd->bfw")
                 distance, plan, residual, valid = self._transport(costs, frames_count, words_count)
-                return PvlaDetails(distance, distance, plan, residual, valid)
-            return self._contrast(video, words, frames_count, words_count, across_devices)
+                return PvlaDetails(distance, distance, plan, residual, valid, valid)
+            keys = words.new_zeros(len(words), 1, dtype=torch.long) if tokens is None else sentence_keys(*tokens)
+            return self._contrast(video, words, frames_count, words_count, keys, across_devices)
 
     def without_negatives(self) -> PvlaLoss:
         """The distances alone."""
         return PvlaLoss(self.mass, self.reg, self.n_iter, self.cost, self.marginals)
 
     def _contrast(
-        self, video: Tensor, words: Tensor, frames_count: Tensor, words_count: Tensor, across_devices: bool
+        self,
+        video: Tensor,
+        words: Tensor,
+        frames_count: Tensor,
+        words_count: Tensor,
+        keys: Tensor,
+        across_devices: bool,
     ) -> PvlaDetails:
         """Details of the own pairs, whose losses compare them with all others: one problem of all pairs."""
         batch, first = len(video), 0
         all_video, all_words, all_frames_count, all_words_count = video, words, frames_count, words_count
+        all_keys = keys
         if across_devices:
-            masks = (x.to(video.dtype) for x in (frames_count, words_count))
-            (all_video, all_words, all_frames_count, all_words_count), first = gathered_over_devices(
-                video, words, *masks
-            )
+            masks = [x.to(video.dtype) for x in (frames_count, words_count)]
+            gathered, first = gathered_over_devices(video, words, *masks, keys)
+            all_video, all_words, all_frames_count, all_words_count, all_keys = gathered
             all_frames_count = all_frames_count.bool()
         everything = len(all_video)
         pairs = self._transport_pairs(video, all_words, frames_count, all_words_count)
@@ -181,11 +194,16 @@ class PvlaLoss(nn.Module):
         if everything > batch:
             by_words = self._transport_pairs(all_video, words, all_frames_count, words_count)[0]
             by_words = by_words.view(everything, batch).T
-        same = same_sentences(all_words, all_words_count, words, words_count)
+        own_keys = all_keys[first : first + batch]  # as long as those of the others
+        same = same_keys(all_keys, own_keys)
+        known = (all_keys > 0).any(1) | ~(all_words_count > 0).any(1)
+        if not known.all():
+            by_states = same_states(all_words, all_words_count, words, words_count)
+            same = torch.where(known[first : first + batch, None] & known, same, by_states)
         all_valid = all_frames_count.any(1) & (all_words_count > 0).any(1)
-        loss = contrastive_losses(by_video, by_words, all_valid, same, self.temperature, first)
+        loss, compared = contrastive_losses(by_video, by_words, all_valid, same, self.temperature, first)
         plan = plan[:, :, : words.shape[1]]  # other devices' sentences may be longer
-        return PvlaDetails(loss, distance, plan, residual, valid)
+        return PvlaDetails(loss, distance, plan, residual, valid, compared)
 
     def _transport_pairs(
         self, video: Tensor, words: Tensor, frames_count: Tensor, words_count: Tensor
@@ -259,6 +277,11 @@ def _check(video: Tensor, words: Tensor, frame_mask: Tensor | None, word_mask: T
         )
     if frame_mask is not None and frame_mask.shape != video.shape[:2]:
         raise ValueError(f"frame_mask has shape {tuple(frame_mask.shape)}; the video has {tuple(video.shape[:2])}.")
+    if frame_mask is not None and frame_mask.dtype != torch.bool and not ((frame_mask == 0) | (frame_mask == 1)).all():
+        raise ValueError(
+            "frame_mask has values other than 0 and 1: a frame is valid or it isn't. Only words have weights; give "
+            "`frame_mask > 0`, or a threshold of your own, to say which frames are meant."
+        )
     if word_mask is not None and word_mask.shape != words.shape[:2]:
         raise ValueError(f"word_mask has shape {tuple(word_mask.shape)}; the words have {tuple(words.shape[:2])}.")
     weighted = word_mask is not None and word_mask.is_floating_point() and word_mask.device.type == "cpu"

@@ -25,7 +25,7 @@ class PairBatches:
         workers: processes that load, as of `DataLoader`; 0: none.
 
     Raises:
-        ValueError: if the data set has no length, or fewer pairs than a batch of all processes.
+        ValueError: if the data set has no length, or fewer pairs than a batch of all processes; if a batch has none.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class PairBatches:
                 f"pairs_dataset is a {type(dataset).__name__}, which has no length or no items by index. Give one "
                 "that has both: a resumed run takes the pairs up where it left them."
             )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a whole number of pairs, at least 1.")
         if len(dataset) < batch_size * processes:
             raise ValueError(
                 f"pairs_dataset has {len(dataset)} pairs, fewer than one batch of {batch_size} on each of {processes} "

@@ -104,8 +104,12 @@ class SequenceStates(StateSource):
         ids = batch.get("input_ids")
         if ids is None:
             return None
-        text = self.masks(batch)[1]  # longer than the ids where the model puts frames behind the words
-        return None if text[:, ids.shape[1] :].any() else (ids, text[:, : ids.shape[1]])
+        video, text = self.masks(batch)
+        if ids.shape != text.shape:  # else the model has to put frames behind the words, not before or among them
+            length = ids.shape[-1]
+            if ids.ndim != 2 or text.shape[1] < length or video[:, :length].any() or text[:, length:].any():
+                return None
+        return ids, text[:, : ids.shape[1]]
 
     def in_sequence(self, batch: Batch, met: bool) -> VideoTextStates:
         """What was recorded, as states of video and of words.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput
 
-from .alignment import Aligned, Alignment, evaluating, mean_distance, rng_kept
+from .alignment import Aligned, Alignment, EvaluatedBatch, check_batch, evaluating, mean_distance, rng_kept
 from .arguments import PvlaArguments, PvlaTrainingArguments
 from .gradient_share import compared_parameters, gradient_norms
 from .health import alignment_health
@@ -30,19 +29,6 @@ if TYPE_CHECKING:
     TrainerLike = Trainer
 else:
     TrainerLike = object
-
-
-@dataclass
-class EvaluatedBatch:
-    """A batch on its way through evaluation.
-
-    Attributes:
-        masks: its token masks, which neither the model nor `generate` must see.
-        losses: `(2,)`, the task's and the alignment's, once they are known.
-    """
-
-    masks: dict[str, Tensor]
-    losses: Tensor | None = None
 
 
 class PvlaMixin(StepMeanMixin, TrainerLike):
@@ -110,14 +96,17 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
                 "instead: the one that a run on one device logs as `pvla_weight` is a good start."
             )
         pairs = None if self.pairs_dataset is None else self._pair_batches(self.pairs_dataset)
-        batch = self.args.per_device_train_batch_size if pairs is None else pairs.batch_size
-        if self.args.pvla_negatives and batch * self.args.world_size < 2:
-            raise ValueError(
-                "pvla_negatives compares the samples of a batch, and a batch has one: raise "
-                f"{'per_device_train_batch_size' if pairs is None else 'pvla_pairs_batch_size'}."
-            )
+        if self.args.pvla_negatives:
+            option = "per_device_train_batch_size" if pairs is None else "pvla_pairs_batch_size"
+            check_batch(getattr(self.args, option), self.args.world_size, option)
+            if self.eval_dataset is not None:
+                self._check_evaluated_batch()
         states = self.args.pvla_states if self._given_states is None else self._given_states
         return Alignment(cast(nn.Module, self.model), self.args, states, pairs, self.processing_class)
+
+    def _check_evaluated_batch(self) -> None:
+        option = "per_device_eval_batch_size"
+        check_batch(getattr(self.args, option), self.args.world_size, option)
 
     def _pair_batches(self, dataset: Any) -> PairBatches:
         if self._is_sharded():
@@ -203,14 +192,14 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
             with pvla.source.recording():
                 asks = return_outputs or pvla.source.reads_outputs
                 task, outputs = self.step_mean_loss(model, inputs, asks, num_items_in_batch)
-                aligned = pvla.align(pvla.source.states(model, batch, outputs))
+                aligned = pvla.align(pvla.source.states(model, batch, outputs), batch)
                 if in_step:
                     alignment = self._mean_over_step(pvla, aligned.details)
                     self._measure(pvla, task / divisor, alignment, aligned, batch)
                 else:
                     alignment = mean_distance(aligned.details)
             if not model.training:
-                self._remember_evaluated(pvla, task, alignment, aligned, batch)
+                self._remember_evaluated(pvla, task, aligned, batch)
         if in_step:
             parts = {"task_loss": task / divisor, "pvla_loss": alignment}
             self._metrics_of_pvla.append("train", parts, to_last=not pvla.starts_step)
@@ -226,7 +215,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         batch = self._without_labels(self._on_device(pvla.pairs.at(self.state.global_step)))
         with self.compute_loss_context_manager(), pvla.source.recording():
             outputs = pvla.source.run(model, batch)
-            aligned = pvla.align(pvla.source.states(model, batch, outputs))
+            aligned = pvla.align(pvla.source.states(model, batch, outputs), batch)
             pvla.samples_in_step = self.accelerator.reduce(aligned.details.valid.sum())
             alignment = self._mean_over_step(pvla, aligned.details)
             self._measure(pvla, task, alignment, aligned, batch)
@@ -278,11 +267,9 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
                 health["gradient_share"] = pvla.weight * norms[1] / norms[0]
             self._metrics_of_pvla.append("train", {f"pvla_{name}": value for name, value in health.items()})
 
-    def _remember_evaluated(
-        self, pvla: Alignment, task: Tensor, alignment: Tensor, aligned: Aligned, batch: Batch
-    ) -> None:
+    def _remember_evaluated(self, pvla: Alignment, task: Tensor, aligned: Aligned, batch: Batch) -> None:
         if self._evaluated is not None:
-            self._evaluated.losses = torch.stack([task.detach().float(), alignment.detach().float()])
+            self._evaluated.task, self._evaluated.details = task, aligned.details
         if self.args.pvla_plot_plans and self._plan is None and aligned.details.valid.any():
             first = int(aligned.details.valid.float().argmax())
             self._plan = self._plan_of(pvla, first, aligned, batch)
@@ -347,16 +334,19 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         inputs = without_token_masks(inputs)
         try:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
-            if self._pvla is not None and loss is not None and evaluated.losses is None:
+            if self._pvla is not None and loss is not None and evaluated.details is None:
                 # Where it generates, the Trainer takes the model's own loss.
                 with torch.no_grad(), self.compute_loss_context_manager():
                     loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach().mean()
         finally:
             self._evaluated = None
-        if evaluated.losses is not None:
-            rows = evaluated.losses.repeat(cast(int, find_batch_size(inputs)), 1)
-            task, alignment = self.accelerator.gather_for_metrics(rows).unbind(1)
-            self._metrics_of_pvla.append("eval", {"task_loss": task, "pvla_loss": alignment})
+        if evaluated.details is not None:
+            negatives = self._pvla is not None and self._pvla.loss.negatives
+            if negatives:
+                self._check_evaluated_batch()
+            rows = evaluated.rows(cast(int, find_batch_size(inputs)), negatives)
+            task, alignment, compared = self.accelerator.gather_for_metrics(rows).unbind(1)
+            self._metrics_of_pvla.append("eval", {"task_loss": task, "pvla_loss": alignment, "compared": compared})
         return loss, logits, labels
 
     def evaluation_loop(
@@ -374,6 +364,8 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         parts = {name: value.item() for name, value in self._metrics_of_pvla.take("eval").items()}
         if parts and self._pvla is not None:
             assert output.metrics is not None
+            compared = parts.pop("compared")
+            parts["pvla_loss"] /= compared or 1.0
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
             # Seq2SeqTrainer counts a last batch as if it were a whole one.
             whole = parts["task_loss"] + self._pvla.weight * parts["pvla_loss"]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_read import PvlaLoss
+from peft_read.pvla.contrast import same_states
 from peft_read.pvla.naive import naive_partial_transport
 
 
@@ -81,6 +82,41 @@ def test_the_same_words_in_another_order_are_no_negative():
         words[2] = words[0].flip(0)
     expected = contrast_by_hand(video, words, frame_mask, word_mask, left_out={(0, 2), (2, 0)})
     assert_same_loss_and_gradient(contrastive()(video, words, frame_mask, word_mask), expected, [video, words])
+
+
+def test_ids_tell_the_same_words_where_states_differ():
+    """Dropout gives one sentence other states each time; sentences of other words may have the same states."""
+    video, words, frame_mask, word_mask = make_states()
+    ids = torch.tensor([[7, 8, 9, 3, 3, 0], [3, 5, 7, 8, 1, 1], [2, 0, 4, 4, 4, 4], [5, 8, 7, 3, 6, 6]])
+    counts = torch.arange(6) < torch.tensor([[5], [4], [2], [4]])  # what doesn't count may be anything
+    expected = contrast_by_hand(video, words, frame_mask, word_mask, left_out={(1, 3), (3, 1)})
+    for mask in (counts, counts * 0.5):
+        found = contrastive().details(video, words, frame_mask, word_mask, tokens=(ids, mask)).loss.mean()
+        assert_same_loss_and_gradient(found, expected, [video, words])
+    with torch.no_grad():
+        words[2] = words[0]
+    expected = contrast_by_hand(video, words, frame_mask, word_mask)
+    found = contrastive().details(video, words, frame_mask, word_mask, tokens=(ids, None)).loss.mean()
+    assert_same_loss_and_gradient(found, expected, [video, words])
+
+
+@pytest.mark.parametrize("length", [4, 60, 512])
+@pytest.mark.parametrize("shared", [0.0, 1.0, 50.0])
+def test_states_tell_the_same_words(length, shared):
+    """Whatever all words have in common; in any order, as often, up to rounding, and not where one of many differs."""
+    words = torch.randn(7, length, 16, generator=torch.Generator().manual_seed(0)) * 0.02 + shared
+    words[1:6] = words[0]
+    words[1] = words[0].flip(0)
+    words[2, 3] = words[6, 3]  # another word
+    words[3, 1] = words[3, 2]  # as many words, but one twice
+    words[4] += (words[4] - shared) * torch.randn(length, 16) * 1e-6
+    mask = torch.ones(7, length)
+    mask[5, -1] = 0  # one word less
+    expected = torch.eye(7, dtype=torch.bool)
+    for one in (0, 1, 4):
+        expected[one, [0, 1, 4]] = True
+    assert torch.equal(same_states(words, mask, words, mask), expected)
+    assert torch.equal(same_states(words, mask, words[2:4], mask[2:4]), expected[2:4])
 
 
 def test_a_sample_without_words_is_no_negative():

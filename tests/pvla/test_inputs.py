@@ -5,10 +5,11 @@ import torch
 from alignment import CASES, Case, step_by_hand, steps_logged, trainer_of, weights
 from alignment_batches import generated, marked, pictured
 from alignment_inputs import MODELS, Tokens, grounding, of_grounding, watched
-from alignment_models import VISUAL, bart, bert, llava
+from alignment_models import VISUAL, adapt, bart, bert, llava
 from video_grounding.features import Collator
 
 from peft_read import PvlaTrainingArguments, VideoTextStates
+from peft_read.pvla.sequences import InputStates
 from peft_read.pvla.tokens import TokenMasks
 
 
@@ -112,12 +113,71 @@ def test_a_step_with_negatives(name, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_task_loss"] + 30 * metrics["eval_pvla_loss"], rel=1e-5)
 
 
+def test_a_sentence_is_not_told_from_itself_under_dropout(tmp_path):
+    """Its ids tell that it is the same, where dropout gives its words other states in each sample."""
+    case = CASES["siglip"]
+    said = {name: case.data()[0][name] for name in ("input_ids", "attention_mask")}
+    data = [row | said for row in case.data()]
+    model = adapt(case.model().unload(), dropout=0.5)
+    trainer = trainer_of(case, model, tmp_path, data, pvla_negatives=True, pvla_health_steps=1)
+    trainer.train()
+    (log,) = steps_logged(trainer)
+    assert log["pvla_loss"] == 0
+    assert log["pvla_gap"] != 0  # the states do differ
+
+
+def test_ids_are_those_of_words_only_where_frames_come_behind_them():
+    """Else the sequence's words lie elsewhere among the ids, and their states have to tell them."""
+    source, ids = InputStates(grounding()), torch.arange(12).view(2, 6)
+
+    def told(frames, text):
+        video, words = (torch.tensor([[i in places for i in range(9)]] * 2) for places in (frames, text))
+        return source.words({"input_ids": ids, "video_token_mask": video, "text_token_mask": words})
+
+    found, mask = told((6, 7, 8), (1, 2))
+    assert torch.equal(found, ids)
+    assert mask.tolist() == [[False, True, True, False, False, False]] * 2
+    assert told((0, 1, 2), (3, 4)) is None
+    assert told((6, 7), (1, 8)) is None
+
+
 def test_negatives_need_a_batch(tmp_path):
     """Of one sample on one device there are none."""
     with pytest.raises(ValueError, match="raise per_device_train_batch_size"):
         trainer_of(MODELS["own model"], grounding(), tmp_path, batch=1, pvla_negatives=True)
+    case = CASES["siglip"]
+    one = {"pvla_negatives": True, "per_device_eval_batch_size": 1}
+    with pytest.raises(ValueError, match="a batch has one: raise per_device_eval_batch_size"):
+        trainer_of(case, case.model(), tmp_path, evaluate=case.data(), **one)
+    trainer = trainer_of(case, case.model(), tmp_path, pvla_negatives=True)
+    trainer.args.per_device_eval_batch_size = 1
+    with pytest.raises(ValueError, match="a batch has one: raise per_device_eval_batch_size"):
+        trainer.evaluate(case.data())
     with pytest.raises(ValueError, match="temperature=0"):
         PvlaTrainingArguments(str(tmp_path), use_cpu=True, pvla_temperature=0.0)
+
+
+def test_evaluation_with_negatives_is_the_mean_over_those_that_have_some(tmp_path):
+    """A last batch of one says nothing; one of three counts as three; all of one sentence are 0."""
+    case, data = CASES["siglip"], CASES["siglip"].data()
+    model = case.model()
+
+    def evaluated(data, batch):
+        options = {"pvla_negatives": True, "per_device_eval_batch_size": batch, "pvla_weight": 0.7}
+        metrics = trainer_of(case, model, tmp_path, evaluate=data, **options).evaluate()
+        whole = metrics["eval_task_loss"] + 0.7 * metrics["eval_pvla_loss"]
+        assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-6)
+        return metrics["eval_pvla_loss"]
+
+    four, two, three = evaluated(data[:4], 4), evaluated(data[4:6], 2), evaluated(data[4:7], 3)
+    assert four > 0.5
+    assert evaluated(data[:5], 4) == pytest.approx(four, rel=1e-5)
+    assert evaluated(data[:6], 4) == pytest.approx((4 * four + 2 * two) / 6, rel=1e-5)
+    assert evaluated(data[:7], 4) == pytest.approx((4 * four + 3 * three) / 7, rel=1e-5)
+    said = {name: data[0][name] for name in ("input_ids", "attention_mask")}
+    same = [row | said for row in data[:4]]
+    assert evaluated(same, 4) == 0
+    assert evaluated(data[:4] + same, 4) == pytest.approx(four, rel=1e-5)
 
 
 def test_a_share_of_the_gradient_is_measured_where_both_losses_reach(tmp_path):

@@ -229,6 +229,20 @@ def test_masks_that_do_not_fit_are_refused(masks):
         PvlaLoss()(video, words, **masks)
 
 
+@pytest.mark.parametrize("odd", [0.5, 2.0, -1.0, float("nan")])
+def test_a_frame_is_valid_or_not(odd):
+    """A frame mask is 0 and 1, of whatever type; frames have no weights."""
+    video, words = make_states()
+    frame_mask, _ = make_masks(video, words)
+    for dtype in (torch.long, torch.float16, torch.float64):
+        found = PvlaLoss()(video, words, frame_mask.to(dtype))
+        torch.testing.assert_close(found, PvlaLoss()(video, words, frame_mask), rtol=0, atol=0)
+    weights = frame_mask.double()
+    weights[0, 1] = odd
+    with pytest.raises(ValueError, match=r"frame_mask has values other than 0 and 1.*Only words have weights"):
+        PvlaLoss()(video, words, weights)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

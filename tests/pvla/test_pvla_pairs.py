@@ -129,6 +129,13 @@ def test_towers_align_pairs(tmp_path):
     assert steps_logged(trainer)[0]["pvla_loss"] == pytest.approx(float(aligned), abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+def test_a_batch_has_pairs(size):
+    """A whole number of them, at least one."""
+    with pytest.raises(ValueError, match=f"batch_size={size}: expected a whole number of pairs, at least 1"):
+        PairBatches(list(range(5)), list, size)
+
+
 def noisy(examples):
     """A collator that draws random numbers for pairs, as augmentation does."""
     batch = OWN.collator(examples)
