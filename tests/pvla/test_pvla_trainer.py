@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import (
     LlamaForSequenceClassification,
     T5ForConditionalGeneration,
 )
+
+from peft_read.pvla.step_mean import StepMeanMixin
 
 
 TEXT = CASES["text encoder"]
@@ -203,3 +206,12 @@ def test_share_where_the_first_batches_hold_no_video(tmp_path):
     trainer.train()
     logs = steps_logged(trainer)
     assert logs[10]["pvla_weight"] == logs[9]["pvla_weight"]
+
+
+@pytest.mark.parametrize(("shifts", "expected"), [(True, 3), (False, 5)])
+def test_labels_are_counted_as_the_trainer_counts_them(shifts, expected):
+    """Without those at the first position where the loss shifts them, of which there are two here."""
+    labels = torch.tensor([[7, -100, 8, 9], [6, -100, -100, 5]])
+    counting = SimpleNamespace(_loss_shifts_labels=shifts)
+    assert StepMeanMixin._count_labels(counting, {"labels": labels}) == expected
+    assert StepMeanMixin._count_labels(counting, {"labels": labels, "shift_labels": labels[:, 1:]}) == 3

@@ -8,6 +8,7 @@ from torch import nn
 
 from peft_read.recurrence.cells import kind_of
 from peft_read.recurrence.naive import naive_scan
+from peft_read.recurrence.packed import packed_states
 from peft_read.recurrence.scan import scan_each_way
 
 
@@ -95,3 +96,17 @@ def bits(data, x):
     rows, time = x.shape[:2]
     drawn = st.lists(st.lists(st.booleans(), min_size=time, max_size=time), min_size=rows, max_size=rows)
     return torch.tensor(data.draw(drawn))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_states_after_every_step(name):
+    """From which a later scan may start: an LSTM's memory stays as it is over masked steps, wherever they lie."""
+    cell, x, state = make(name, time=7)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]).bool()
+    outputs, _ = scan_each_way(x, cell, mask, as_of_torch(state), None, needs_memory=False)
+    packed = packed_states(x, outputs, cell, mask=mask, state=as_of_torch(state))
+    for time in range(7):
+        _, last = naive_scan(
+            kind_of(cell), x[:, : time + 1], list(cell.parameters()), mask=mask[:, : time + 1], state=state
+        )
+        torch.testing.assert_close(packed[:, time], torch.cat(last, dim=-1), rtol=0, atol=1e-11)
