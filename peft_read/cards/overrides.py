@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..tuners.config import AdapterConfig
-from ..tuners.inner import inner_adapters, save_inner_adapters
+from ..tuners.inner import active_inner_adapters, inner_adapters, save_inner_adapters
 from .page import Page, UnreadableCardError
 from .training import facts_of_trainer
 from .writing import (
@@ -83,16 +83,18 @@ def _override(owner: type, name: str, ours: Call) -> None:
 
 def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> None:
     """Save, and then write the card: there are files to tell of, and no fault in it keeps them from being saved."""
-    inner = inner_adapters(model)
+    inner, active = inner_adapters(model), active_inner_adapters(model)
     for config in cast(dict[str, AdapterConfig], model.peft_config).values():
-        config.inner_adapters = inner
+        config.inner_adapters, config.active_inner_adapters = inner, active
     setattr(model, SAVING, True)
     try:
         save()
     finally:
         delattr(model, SAVING)
     if given["is_main_process"]:
-        save_inner_adapters(model, Path(given["save_directory"]), given["kwargs"].get("state_dict"))
+        folder, state_dict = Path(given["save_directory"]), given["kwargs"].get("state_dict")
+        for name in given["selected_adapters"] or model.peft_config:
+            save_inner_adapters(model, folder if name == "default" else folder / name, state_dict)
         write_card_if_readable(model, Path(given["save_directory"]))
 
 

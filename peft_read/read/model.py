@@ -225,6 +225,4 @@ class ReadModel(AdapterTuner):
 
     def _layer_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The number of rows that `generate` makes of each sample."""
-        config = arguments.get("generation_config") or getattr(self.model, "generation_config", None)
-        names = ("num_beams", "num_return_sequences")
-        return {"beams": max(arguments.get(name) or getattr(config, name, None) or 1 for name in names)}
+        return {"beams": self._beams(arguments)}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .checks import check_adapter_name
 from .config import AdapterConfig
 from .fitting import check_fit
-from .mixed import mixed_rows
-from .offloading import bring_trained_modules, check_can_hold_adapters, execution_device
+from .mixed import check_can_be_mixed, mixed_rows, rows_per_sample
+from .offloading import bring_trained_modules, check_can_hold_adapters, check_weights_have_values, execution_device
 from .patterns import check_matching
 from .sharding import blocks_to_shard, embeddings_are_a_unit
 from .undo import undone_on_failure
@@ -162,6 +162,7 @@ class AdapterTuner(BaseTuner):
             if is_first:
                 self._freeze_base(model)
             bring_trained_modules(model, adapter_name)
+            check_weights_have_values(model, self.tuner_layer_cls)
             self._after_injection(model)
             if adapter_name in self._taken:
                 method = self._taken[adapter_name]
@@ -319,6 +320,12 @@ class AdapterTuner(BaseTuner):
         Runs before anything is copied, so a file that doesn't fit leaves the model as it was.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if len(remapped) < len(state_dict):
+            twice = next((key for key in state_dict if f".{adapter_name}" in key and key in remapped), "")
+            raise ValueError(
+                f"The file names a weight twice, so nothing was loaded: {twice}, with and without a prefix or the "
+                "adapter's name."
+            )
         layers = {
             name: module.adapter_layer_names
             for name, module in model.named_modules()
@@ -337,6 +344,12 @@ class AdapterTuner(BaseTuner):
         """What layers are told beside `adapter_names` of a call of the model with these arguments."""
         return {}
 
+    def _beams(self, arguments: dict[str, Any]) -> int:
+        """The number of rows that `generate` makes of each sample."""
+        config = arguments.get("generation_config") or getattr(self.model, "generation_config", None)
+        names = ("num_beams", "num_return_sequences")
+        return max(arguments.get(name) or getattr(config, name, None) or 1 for name in names)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Inference with an adapter per row: `adapter_names` reaches every layer for the time of this forward."""
@@ -353,6 +366,8 @@ class AdapterTuner(BaseTuner):
                 f"`adapter_names` names adapters that aren't there: {unknown}; there are {sorted(self.peft_config)}, "
                 "and '__base__' for none."
             )
+        check_can_be_mixed(self, adapter_names)
+        multiples = rows_per_sample((*args, *kwargs.values()), len(adapter_names), self._beams(kwargs))
         thread = threading.get_ident()
 
         def pass_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -366,7 +381,7 @@ class AdapterTuner(BaseTuner):
         def take_rows(module: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
             if output is None or threading.get_ident() != thread:
                 return None
-            return mixed_rows(module, adapter_names, args, kwargs, output)
+            return mixed_rows(module, adapter_names, args, kwargs, output, multiples)
 
         handles = [
             module.register_forward_hook(take_rows, with_kwargs=True)

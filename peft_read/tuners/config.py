@@ -49,6 +49,9 @@ class AdapterConfig(PeftConfig):
         default=None,
         metadata={"help": "By part of the model, adapters of its own that were saved beside. Set when saving."},
     )
+    active_inner_adapters: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "Likewise, those of `inner_adapters` that act. Set when saving."}
+    )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's saving, with the base model's class as `AutoPeftModel` can load it."""
@@ -74,7 +77,8 @@ class AdapterConfig(PeftConfig):
             wrong = [name for name in self.modules_to_save if not is_name_of_module(name)]
             if wrong:  # PEFT puts them into regular expressions
                 raise ValueError(f"`modules_to_save` must be a list of names of modules, got {shown(wrong[0])} in it.")
-        if self.inner_adapters is not None:
-            check_inner_adapters("inner_adapters", self.inner_adapters)
+        for name in ("inner_adapters", "active_inner_adapters"):
+            if getattr(self, name) is not None:
+                check_inner_adapters(name, getattr(self, name))
         if self.trainable_token_indices is not None:
             check_token_indices("trainable_token_indices", self.trainable_token_indices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import PeftConfig
@@ -15,6 +15,8 @@ from .checks import shown
 
 
 PEFT_PREFIX = "base_model.model."
+# Fields of a configuration that say nothing of what an adapter computes.
+UNRELATED = {"inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type"}
 
 
 def check_fit(
@@ -47,12 +49,19 @@ def check_fit(
     """
     in_model = model.state_dict()
     given = {key if key in in_model else key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
+    if len(given) < len(weights):
+        plain = [key for key in weights if key.removeprefix(PEFT_PREFIX) != key]
+        twice = next(key for key in plain if key.removeprefix(PEFT_PREFIX) in weights)
+        raise ValueError(
+            f"The file names a weight twice, so nothing was loaded: {twice}, with and without its prefix."
+        )
     owned = dict.fromkeys(_owned(model, adapter_name, in_model, layers))
     given = {
         key: value
         for key, value in given.items()
         if key in owned or not _is_in_embeddings(model, key) or not _is_same(value, in_model.get(key))
     }
+    is_meta = all(value.is_meta for value in in_model.values())
     buffers = {name for name, _ in model.named_buffers()}
     besides = [key for key in given if key not in owned]
     if any(_is_in_embeddings(model, key) for key in besides) and _vocabulary_was_resized(model, config):
@@ -61,7 +70,9 @@ def check_fit(
     faults += [f"unexpected: {key}{_hint(model, key, in_model)}" for key in besides]
     for key, value in given.items():
         if key in in_model and key not in besides:
-            faults += _faults_of(key, value, in_model[key], key not in buffers)
+            faults += faults_of(key, value, in_model[key], key in buffers)
+            if isinstance(value, Tensor) and value.is_meta and in_model[key].is_meta and not is_meta:
+                faults.append(f"no values: {key} is on the meta device")
     if faults:
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError(
@@ -91,21 +102,50 @@ def _unsharded(name: str) -> str:
     return name.removeprefix("_fsdp_wrapped_module.")
 
 
-def _faults_of(key: str, value: Tensor, there: Tensor, is_parameter: bool) -> list[str]:
+def faults_of(key: str, value: Tensor, there: Tensor, is_buffer: bool = False) -> list[str]:
+    """What keeps a weight of a file from being copied into a model's, in words; empty if nothing does."""
+    if not isinstance(value, Tensor):
+        return [f"no tensor: {key}: {shown(value)} in the file"]
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        return [f"no plain tensor: {key}: sparse, quantized or nested in the file"]
     if value.shape != there.shape:
         return [f"wrong shape: {key}: {tuple(value.shape)} in the file, {tuple(there.shape)} in the model"]
     if value.dtype != there.dtype and not (value.is_floating_point() and there.is_floating_point()):
         return [f"wrong type: {key}: {value.dtype} in the file, {there.dtype} in the model"]
-    if not is_parameter or not there.is_floating_point() or value.is_meta:
+    if value.is_meta and not there.is_meta:
+        return [f"no values: {key} is on the meta device"]
+    if not there.is_floating_point() or value.is_meta:
         return []
-    local = value.to_local() if isinstance(value, DTensor) else value
-    finite = torch.isfinite(local.to(torch.promote_types(there.dtype, torch.float16))).all()
-    return [] if finite else [f"not finite: {key}"]
+    local, own = (each.to_local() if isinstance(each, DTensor) else each for each in (value, there))
+    fine = torch.isfinite(local.to(torch.promote_types(there.dtype, torch.float16)))
+    if is_buffer and not fine.all() and not own.is_meta and own.shape == local.shape:
+        # A mask of a model's own may be infinite.
+        fine |= torch.isinf(own).to(fine.device) & ~torch.isnan(local)
+    return [] if fine.all() else [f"not finite: {key}"]
+
+
+def differing_fields(one: PeftConfig, other: PeftConfig, counts: Callable[[str], bool]) -> list[str]:
+    """The fields of two configurations that count and aren't the same; a set is as good as a list, None as nothing."""
+    first, second = one.to_dict(), other.to_dict()
+    return [
+        field
+        for field in sorted(set(first) | set(second))
+        if counts(field) and _plain(first.get(field)) != _plain(second.get(field))
+    ]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return sorted(map(str, value)) or None
+    return None if value == {} else value
 
 
 def _is_same(value: Tensor, there: Tensor | None) -> bool:
     return (
         there is not None
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_nested or value.is_meta)
         and there.shape == value.shape
         and not there.is_meta
         and torch.equal(value.to(there.device, there.dtype), there)

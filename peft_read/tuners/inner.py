@@ -8,9 +8,11 @@ folder of the part's name, and loaded before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -18,7 +20,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .fitting import PEFT_PREFIX
+from .config import AdapterConfig
+from .fitting import PEFT_PREFIX, UNRELATED, differing_fields, faults_of
+from .offloading import check_weights_have_values
 
 
 # Not as PEFT names an adapter's: a Trainer that resumes would take the folder for one more adapter of the whole model.
@@ -26,6 +30,9 @@ WEIGHTS = "inner_model.safetensors"
 HOW = (
     "Put it into the part of the model that it adapts, before the model is adapted as a whole: "
     "`inject_adapter_in_model(config, model.text_model)`, say."
+)
+ELSEWHERE = (
+    "It would act for all adapters of the model: load into a base model of its own, by `PeftModel.from_pretrained`."
 )
 
 
@@ -84,8 +91,38 @@ def inner_adapters(model: PeftModel) -> dict[str, list[str]] | None:
     return {name: list(module.peft_config) for name, module in _parts(base)} or None
 
 
+def active_inner_adapters(model: PeftModel) -> dict[str, list[str]] | None:
+    """By the names of parts of a base model, those of their own adapters that act; None if there are no such parts.
+
+    Raises:
+        ValueError: if an adapter acts in some layers of a part and not in others.
+    """
+    base = model.get_base_model()
+    layers = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
+    # `with model.disable_adapter()` switches all off, for the time of the context.
+    is_off = all(layer.disable_adapters for layer in layers)
+    return {name: _active(name, part, is_off) for name, part in _parts(base)} or None
+
+
+def _active(part: str, module: Any, is_off: bool = False) -> list[str]:
+    active = []
+    for name in module.peft_config:
+        acts = {
+            name in layer.active_adapters and (is_off or not layer.disable_adapters)
+            for layer in _layers(module, name)
+            if any(name in getattr(layer, each) for each in layer.adapter_layer_names)
+        }
+        if len(acts) > 1:
+            raise ValueError(
+                f"The adapter {name!r} in {part} acts in some of its layers and not in others, which no file says. "
+                "Call `set_adapter` of all its layers alike before saving."
+            )
+        active += [name] if True in acts else []
+    return active
+
+
 def save_inner_adapters(model: PeftModel, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
-    """Save the adapters inside of a model, each in a folder of its own beside the model's."""
+    """Save the adapters inside of a model, each in a folder of its own in `folder`."""
     base = model.get_base_model()
     for part, module in _parts(base):
         given = None
@@ -104,40 +141,157 @@ def save_inner_adapters(model: PeftModel, folder: Path, state_dict: Mapping[str,
             config.save_pretrained(str(place))
 
 
-def load_inner_adapters(
-    base: nn.Module, source: Any, saved: Mapping[str, list[str]], download: dict[str, Any], is_trainable: bool
-) -> None:
-    """Put the adapters that were saved inside of a model where they were, or their weights where they are.
+@contextmanager
+def inner_adapters_loaded(
+    base: nn.Module, source: Any, config: AdapterConfig, download: Mapping[str, Any], is_trainable: bool
+) -> Iterator[None]:
+    """Put the adapters that were saved inside of a model where they were, around the loading of the model's own.
+
+    The weights are copied when the body is done, so that what the body refuses leaves those that were there.
 
     Args:
         base: the base model.
         source: the folder or the repository of the adapter of the model as a whole.
-        saved: by part of the model, the names of its adapters.
+        config: its configuration.
         download: arguments of the download, and the adapter's own `subfolder`.
         is_trainable: whether they will be trained.
 
     Raises:
-        ValueError: if the base has no such part, or the weights don't fit.
+        ValueError: if the base has no such part, another adapter of that name in it, or the weights don't fit.
     """
-    above = download.pop("subfolder", None)
-    for part, names in saved.items():
+    found = _saved(base, source, config, download)
+    rewritten: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for part, module, name, inner, weights in found:
+            if name in getattr(module, "peft_config", {}):
+                _check_same_configuration(part, name, module.peft_config[name], inner)
+            else:
+                if _rewrites_base(inner):
+                    rewritten += [(p, p.detach().clone()) for p in module.parameters()]
+                inner.inference_mode = not is_trainable
+                inject_adapter_in_model(inner, module, name)
+                check_weights_have_values(module)
+            _check_weights(module, name, weights)
+        for part, active in (config.active_inner_adapters or {}).items():
+            _activate(base.get_submodule(part), active, is_trainable)
+        if not is_trainable:
+            for _, module, *_ in found:
+                module.requires_grad_(False)
+        yield
+    except BaseException:
+        for parameter, value in rewritten:
+            parameter.data = value
+        raise
+    for _, module, name, _, weights in found:
+        _set_weights(module, name, weights)
+
+
+@contextmanager
+def inner_adapters_reloaded(
+    base: nn.Module, source: Any, config: AdapterConfig, download: Mapping[str, Any]
+) -> Iterator[None]:
+    """Copy the weights of adapters that are inside of a model already, after the body has loaded the model's own.
+
+    Raises:
+        ValueError: if they aren't there, or don't fit.
+    """
+    found = _saved(base, source, config, download)
+    for part, module, name, inner, weights in found:
+        _check_is_there(part, module, name, inner)
+        _check_weights(module, name, weights)
+    yield
+    for _, module, name, _, weights in found:
+        _set_weights(module, name, weights)
+
+
+def check_inner_adapters_are_there(
+    base: nn.Module, source: Any, config: AdapterConfig, download: Mapping[str, Any]
+) -> None:
+    """Refuse one more adapter of a model that was saved with others inside, unless the model holds the very same.
+
+    Raises:
+        ValueError: if it doesn't.
+    """
+    for part, module, name, inner, weights in _saved(base, source, config, download):
+        _check_is_there(part, module, name, inner)
+        _check_weights(module, name, weights)
+        there = _weights(module, name)
+        given = {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
+        active = (config.active_inner_adapters or {}).get(part)
+        if active is not None and set(active) != set(_active(part, module)):
+            raise ValueError(
+                f"The adapter was saved while {active} acted in {part}, not {_active(part, module)}. {ELSEWHERE}"
+            )
+        if any(not torch.equal(given[key].to(value.device, value.dtype), value) for key, value in there.items()):
+            raise ValueError(f"The adapter was saved with other weights of {name!r} in {part}. {ELSEWHERE}")
+
+
+def _saved(
+    base: nn.Module, source: Any, config: AdapterConfig, download: Mapping[str, Any]
+) -> list[tuple[str, Any, str, PeftConfig, dict[str, Tensor]]]:
+    """The adapters that were saved inside of a model: part and its name, name, configuration and weights."""
+    options = dict(download)
+    above = options.pop("subfolder", None)
+    found = []
+    for part, names in (config.inner_adapters or {}).items():
         try:
             module = base.get_submodule(part)
         except AttributeError:
             raise ValueError(f"The adapter was saved with others in {part}, which this base model hasn't.") from None
         for name in names:
             subfolder = "/".join(filter(None, [above, folder_of(part, name)]))
-            config = PeftConfig.from_pretrained(source, subfolder=subfolder, **download)
             path = Path(source, subfolder, WEIGHTS)
-            if not path.parent.is_dir():
-                path = Path(hf_hub_download(str(source), WEIGHTS, subfolder=subfolder, **download))
-            weights = load_file(path)
-            if name not in getattr(module, "peft_config", {}):
-                config.inference_mode = not is_trainable
-                inject_adapter_in_model(config, module, name)
-                if not is_trainable:
-                    module.requires_grad_(False)
-            _set_weights(module, name, weights)
+            if Path(source).is_dir() and not path.is_file():
+                raise ValueError(
+                    f"The adapter was saved with {name!r} in {part}, but there is no {path}. Save the model again, or "
+                    "copy the whole folder."
+                )
+            inner = PeftConfig.from_pretrained(source, subfolder=subfolder, **options)
+            if not path.is_file():
+                path = Path(hf_hub_download(str(source), WEIGHTS, subfolder=subfolder, **options))
+            found.append((part, module, name, inner, load_file(path)))
+    return found
+
+
+def _check_is_there(part: str, module: Any, name: str, config: PeftConfig) -> None:
+    if name not in getattr(module, "peft_config", {}):
+        raise ValueError(f"The adapter was saved with {name!r} in {part}, which this model hasn't. {ELSEWHERE}")
+    _check_same_configuration(part, name, module.peft_config[name], config)
+
+
+def _check_same_configuration(part: str, name: str, there: PeftConfig, saved: PeftConfig) -> None:
+    wrong = differing_fields(there, saved, lambda field: field not in UNRELATED and not field.startswith("init_"))
+    if wrong:
+        raise ValueError(
+            f"{part} has an adapter {name!r} of another configuration than the saved one ({', '.join(wrong)}), so "
+            "nothing was loaded. Take a base model without it, or with the very same."
+        )
+
+
+def _rewrites_base(config: PeftConfig) -> bool:
+    """Whether an adapter starts by changing the weights that it adapts, as PiSSA and OLoRA do."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva")
+
+
+def _activate(module: Any, active: list[str], is_trainable: bool) -> None:
+    """Let some of a part's adapters act, and no other of their methods."""
+    for name in active:
+        if name not in module.peft_config:
+            raise ValueError(f"The adapter's configuration lets {name!r} act, which was saved in no file.")
+    for kind in {PEFT_TYPE_TO_TUNER_MAPPING[c.peft_type].tuner_layer_cls for c in module.peft_config.values()}:
+        names = [
+            n for n in active if PEFT_TYPE_TO_TUNER_MAPPING[module.peft_config[n].peft_type].tuner_layer_cls is kind
+        ]
+        for layer in module.modules():
+            if isinstance(layer, kind):
+                layer.set_adapter(names, inference_mode=not is_trainable)
+
+
+def _layers(module: Any, name: str) -> list[Any]:
+    """The layers of an adapter's method in a part."""
+    inner = PEFT_TYPE_TO_TUNER_MAPPING[module.peft_config[name].peft_type].tuner_layer_cls
+    return [layer for layer in module.modules() if isinstance(layer, inner)]
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -167,19 +321,28 @@ def _weights(module: Any, name: str, state_dict: Mapping[str, Tensor] | None = N
     return found
 
 
-def _set_weights(module: Any, name: str, weights: Mapping[str, Tensor]) -> None:
-    inner = PEFT_TYPE_TO_TUNER_MAPPING[module.peft_config[name].peft_type].tuner_layer_cls
+def _check_weights(module: Any, name: str, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that aren't those of an adapter in a part, before anything is copied."""
     given = {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
     expected = _weights(module, name)
-    wrong = sorted(set(given) ^ set(expected))
-    wrong += [key for key in given if key in expected and given[key].shape != expected[key].shape]
-    if wrong:
-        raise ValueError(
-            f"The weights of the adapter {name!r} in a {type(module).__name__} don't fit, so nothing was loaded. "
-            f"Missing, unexpected or of another shape: {wrong[0]}"
-        )
-    renamed = {}
+    faults = [f"missing or unexpected: {key}" for key in sorted(set(given) ^ set(expected))]
+    if len(given) < len(weights):
+        faults.append("a weight twice, with and without a prefix")
     for key, value in given.items():
+        if key in expected:
+            faults += faults_of(key, value, expected[key])
+    if faults:
+        raise ValueError(
+            f"The weights of the adapter {name!r} in a {type(module).__name__} don't fit, so nothing was loaded: "
+            f"{faults[0]}"
+        )
+
+
+def _set_weights(module: Any, name: str, weights: Mapping[str, Tensor]) -> None:
+    inner = PEFT_TYPE_TO_TUNER_MAPPING[module.peft_config[name].peft_type].tuner_layer_cls
+    renamed = {}
+    for key, value in weights.items():
+        key = key.removeprefix(PEFT_PREFIX)
         for other in _around(module, inner):
             if key.startswith(f"{other}."):
                 key = f"{other}.base_layer.{key.removeprefix(f'{other}.')}"

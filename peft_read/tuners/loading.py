@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
-from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .base import AdapterLayer
-from .fitting import PEFT_PREFIX
-from .inner import load_inner_adapters
+from .fitting import PEFT_PREFIX, UNRELATED, differing_fields
+from .inner import check_inner_adapters_are_there, inner_adapters_loaded, inner_adapters_reloaded
 from .offloading import as_it_is_dispatched
 from .overrides import override
 from .undo import undone_on_failure
 
 
 DOWNLOAD = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+# Fields of a configuration that decide which weights there are, or how they are trained.
+STRUCTURE = {"r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+STRUCTURE |= {"modules_to_save", "init_weights", "dropout", "inner_adapters", "active_inner_adapters"}
+# PEFT's `from_pretrained` calls `load_adapter` with the model that it has just made.
+_IN_FROM_PRETRAINED: ContextVar[bool] = ContextVar("in_from_pretrained", default=False)
 
 
 def install() -> None:
@@ -43,33 +48,50 @@ def is_ours(config: object) -> bool:
 def _from_pretrained(load: Callable[[], PeftModel], arguments: dict[str, Any]) -> PeftModel:
     """Load into a base model, which is as it was if the adapter is refused."""
     base = arguments["model"]
-    with undone_on_failure(base), as_it_is_dispatched(base):
-        _load_inner(base, arguments)
-        return load()
+    config, download = _saved_config(arguments)
+    with (
+        undone_on_failure(base),
+        as_it_is_dispatched(base),
+        inner_adapters_loaded(base, arguments["model_id"], config, download, arguments["is_trainable"]),
+    ):
+        token = _IN_FROM_PRETRAINED.set(True)
+        try:
+            return load()
+        finally:
+            _IN_FROM_PRETRAINED.reset(token)
 
 
-def _load_inner(base: nn.Module, arguments: dict[str, Any]) -> None:
-    """Load the adapters that were saved inside of the model."""
+def _saved_config(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The configuration that PEFT is told to load, and the arguments of its download."""
     download = {name: value for name, value in arguments["kwargs"].items() if name in DOWNLOAD and value is not None}
-    config = arguments.get("config") or PeftConfig.from_pretrained(arguments["model_id"], **download)
-    if config.inner_adapters:
-        is_trainable = arguments["is_trainable"]
-        load_inner_adapters(base, arguments["model_id"], config.inner_adapters, download, is_trainable)
+    return arguments.get("config") or PeftConfig.from_pretrained(arguments["model_id"], **download), download
 
 
 def _load_adapter(load: Callable[[], Any], arguments: dict[str, Any]) -> Any:
     """Load one more adapter, or an adapter's weights anew, as a Trainer does that resumes."""
     model: PeftModel = arguments["self"]
-    is_loaded_anew = arguments["adapter_name"] in model.peft_config
-    with (
-        _missing_keys_named(arguments["adapter_name"]),
-        undone_on_failure(model),
-        as_it_is_dispatched(model.get_base_model()),
-    ):
-        found = load()
-        if is_loaded_anew:
-            _load_inner(model.get_base_model(), arguments)
-        return found
+    name, source, base = arguments["adapter_name"], arguments["model_id"], model.get_base_model()
+    with _missing_keys_named(name), undone_on_failure(model), as_it_is_dispatched(base):
+        if _IN_FROM_PRETRAINED.get():
+            return load()
+        config, download = _saved_config(arguments)
+        if name in model.peft_config:
+            _check_computes_the_same(name, model.peft_config[name], config)
+            with inner_adapters_reloaded(base, source, config, download):
+                return load()
+        check_inner_adapters_are_there(base, source, config, download)
+        return load()
+
+
+def _check_computes_the_same(name: str, there: PeftConfig, saved: PeftConfig) -> None:
+    """Refuse weights of an adapter that computes something else with them; which ones there are, the weights tell."""
+    wrong = differing_fields(there, saved, lambda field: field not in UNRELATED | STRUCTURE)
+    if wrong:
+        more = ", ".join(f"{field}={getattr(saved, field, None)!r}" for field in wrong)
+        raise ValueError(
+            f"The model has an adapter {name!r} already, of another configuration than the saved one ({more}), so "
+            "nothing was loaded. Load it under a name of its own."
+        )
 
 
 @contextmanager
@@ -102,7 +124,16 @@ def _load_adapter_of_transformers(_: Callable[[], Any], arguments: dict[str, Any
     # PEFT 0.21.0 looks up modules that are saved beside by their names in this model.
     weights = {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
     low = arguments["low_cpu_mem_usage"]
-    with _missing_keys_named(name), undone_on_failure(model):
+    if not config.inner_adapters:
+        around: AbstractContextManager[None] = nullcontext()
+    elif source is None:
+        raise ValueError("The adapter was saved with others inside of the model: load it from its folder.")
+    elif getattr(model, "peft_config", None):
+        check_inner_adapters_are_there(model, source, config, download)
+        around = nullcontext()
+    else:
+        around = inner_adapters_loaded(model, source, config, download, arguments["is_trainable"])
+    with _missing_keys_named(name), undone_on_failure(model), around:
         inject_adapter_in_model(config, model, name, low_cpu_mem_usage=low)
         set_peft_model_state_dict(model, weights, name, low_cpu_mem_usage=low)
         model._hf_peft_config_loaded = True

@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+
+def check_can_be_mixed(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Refuse a batch of adapters that train what can't be mixed row by row.
+
+    These are tokens of embeddings that some adapters train and others don't, since PEFT mixes the former only; and
+    biases of distances, as T5 has, whose rows are positions.
+
+    Raises:
+        ValueError: if there are such adapters.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and name.endswith("relative_attention_bias"):
+            copies = {each if each in module.modules_to_save else "__base__" for each in adapter_names}
+            if len(copies) > 1 and not module.disable_adapters:
+                raise ValueError(
+                    f"`adapter_names` can't mix adapters that train {name}: its rows aren't those of samples. Run the "
+                    "samples of each adapter by themselves, after `set_adapter`."
+                )
+        if isinstance(module, TrainableTokensWrapper) and not module.disable_adapters:
+            known = module.token_adapter.trainable_tokens_delta
+            without = sorted(set(adapter_names) - set(known) - {"__base__"})
+            if without:
+                raise ValueError(
+                    f"`adapter_names` can't mix adapters that train tokens of {name} with {without[0]!r}, which "
+                    "trains none. Run its samples by themselves, after `set_adapter`."
+                )
+
+
+def rows_per_sample(arguments: Iterable[Any], samples: int, beams: int) -> set[int]:
+    """How many rows of a batch a sample may have inside of a model: one, or its frames or tokens, times its beams.
+
+    Args:
+        arguments: of the model's call.
+        samples: in the batch.
+        beams: that `generate` makes of each.
+    """
+    found = {1}
+    for tensor in arguments:
+        if isinstance(tensor, Tensor):
+            for depth in (1, 2):
+                each, left = divmod(math.prod(tensor.shape[:depth]), max(samples, 1))
+                found |= set() if left or not each else {each}
+    return found | {each * beams for each in found}
 
 
 def mixed_rows(
@@ -17,6 +63,7 @@ def mixed_rows(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     output: Any,
+    multiples: Collection[int],
 ) -> Any:
     """What a module of `modules_to_save` gives for a batch whose samples name an adapter each.
 
@@ -30,6 +77,7 @@ def mixed_rows(
         args: the module's arguments.
         kwargs: likewise, those by name.
         output: what the copy of the active adapter gave.
+        multiples: how many rows a sample may have.
 
     Raises:
         ValueError: if the output's rows aren't those of the samples.
@@ -51,10 +99,11 @@ def mixed_rows(
         if not isinstance(tensors[0], Tensor):
             return tensors[0]
         each, left = divmod(len(tensors[0]), len(adapter_names))
-        if left or not each:
+        if left or each not in multiples:
             raise ValueError(
                 f"`adapter_names` must name one adapter per sample: got {len(adapter_names)} names for "
-                f"{len(tensors[0])} rows of a {type(wrapper.original_module).__name__} in `modules_to_save`."
+                f"{len(tensors[0])} rows of a {type(wrapper.original_module).__name__} in `modules_to_save`. If its "
+                "rows aren't those of samples, run the samples of each adapter by themselves, after `set_adapter`."
             )
         number = {name: index for index, name in enumerate(used)}
         choice = torch.tensor([number[name] for name in adapter_names]).repeat_interleave(each)

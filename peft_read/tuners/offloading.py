@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
@@ -55,15 +56,41 @@ def check_can_hold_adapters(model: nn.Module, name: str) -> None:
             )
 
 
+def check_weights_have_values(model: nn.Module, ours: type[BaseTunerLayer] | None = None) -> None:
+    """Refuse other methods' adapters of offloaded layers, whose weights PEFT makes without values.
+
+    Args:
+        model: the model, or a part of it.
+        ours: layers to leave out: this package's bring their weights to where they run.
+
+    Raises:
+        ValueError: if there are such weights.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or (ours is not None and isinstance(module, ours)):
+            continue
+        layer: Any = module
+        held = [getattr(layer, each) for each in layer.adapter_layer_names]
+        own = [parameter for each in held if isinstance(each, nn.Module) for parameter in each.parameters()]
+        if any(parameter.is_meta for parameter in own) and any(offloading_hook(each) for each in layer.modules()):
+            raise ValueError(
+                f"The adapter at {name}, a {type(layer).__name__}, has weights without values: the layer is "
+                "offloaded. Put the adapter there before the model is offloaded, or keep the layer on a device in "
+                "the `device_map`."
+            )
+
+
 def bring_trained_modules(model: nn.Module, adapter_name: str) -> None:
     """Give trained copies of offloaded modules weights of their own, on the device where they run.
 
     PEFT copies the modules of `modules_to_save`; the copy of an offloaded one would lose after each call what was
-    trained.
+    trained. Copies that share a weight, as those of tied embeddings do, go on sharing it.
 
     Raises:
         ValueError: if single tokens of offloaded embeddings are to be trained.
     """
+    brought: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    copies: list[nn.Module] = []
     for name, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper) and offloading_hook(module.token_adapter.base_layer):
             raise ValueError(
@@ -71,19 +98,27 @@ def bring_trained_modules(model: nn.Module, adapter_name: str) -> None:
                 "the `device_map`."
             )
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            for part in module.modules_to_save[adapter_name].modules():
-                _bring_weights(part)
+            copies += module.modules_to_save[adapter_name].modules()
+    for part in copies:
+        _bring_weights(part, brought)
+    for part in copies:  # PEFT makes a head that is tied to embeddings anew, without a hook
+        for key, parameter in list(part.named_parameters(recurse=False)):
+            if id(parameter) in brought:
+                part.register_parameter(key, brought[id(parameter)][1])
 
 
-def _bring_weights(module: nn.Module) -> None:
+def _bring_weights(module: nn.Module, brought: dict[int, tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Give a module new weights; `brought` holds the old and the new ones by the old ones' ids."""
     hook = offloading_hook(module)
     if hook is None:
         return
-    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
+    old = dict(module.named_parameters(recurse=False))
     hook.pre_forward(module)
-    for name, requires_grad in trained.items():
-        weight = getattr(module, name).detach().clone()
-        module.register_parameter(name, nn.Parameter(weight, requires_grad=requires_grad))
+    for name, parameter in old.items():
+        if id(parameter) not in brought:
+            weight = getattr(module, name).detach().clone()
+            brought[id(parameter)] = parameter, nn.Parameter(weight, requires_grad=parameter.requires_grad)
+        module.register_parameter(name, brought[id(parameter)][1])
     hook.offload = False
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,9 +20,10 @@ WEIGHTS = "inner_model.safetensors"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 EXACT = {"rtol": 0, "atol": 0}
 # PEFT's, about any model that holds adapters already.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:You are trying to modify a model with PEFT for a second time:UserWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+]
 
 INNER = {
     "lora": {"text_model": LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)},
@@ -229,3 +231,169 @@ def test_a_base_without_that_part_is_refused(tmp_path):
     model.text_encoder, model.text_model = model.text_model, None
     with pytest.raises(ValueError, match=r"saved with others in text_model"):
         PeftModel.from_pretrained(nn.Sequential(model), tmp_path)
+
+
+def lora(**fields):
+    return LoraConfig(**{"r": 2, "target_modules": ["value", "output.dense"], "init_lora_weights": False} | fields)
+
+
+def with_inner(*names, outer=None, **fields):
+    """A model with LoRAs of these names in its text tower, strong enough to be seen."""
+    model = base()
+    torch.manual_seed(1)
+    for name in names:
+        inject_adapter_in_model(lora(**fields), model.text_model, name)
+    model = get_peft_model(model, outer or config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(10)
+    return model
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def test_one_more_adapter_with_others_inside(tmp_path):
+    """Those would act for all: the model has the very same, or the adapter is refused and the model as it was."""
+    model = with_inner("default")
+    model.add_adapter("second", config())
+    model.save_pretrained(tmp_path)
+    model.set_adapter("second")
+    for alone in (
+        PeftModel.from_pretrained(base(), tmp_path / "second"),
+        PeftModel.from_pretrained(base(), tmp_path, subfolder="second"),
+    ):
+        torch.testing.assert_close(logits(alone), logits(model), **EXACT)
+    both = PeftModel.from_pretrained(base(), tmp_path)
+    both.load_adapter(tmp_path / "second", "second")
+    both.set_adapter("second")
+    torch.testing.assert_close(logits(both), logits(model), **EXACT)
+    for other in (get_peft_model(base(), config()), with_inner("default", lora_alpha=3), with_inner("default")):
+        if len(lora_layers(other)):
+            with torch.no_grad():
+                lora_layers(other)[0].lora_A["default"].weight.add_(1)
+        before = logits(other)
+        with pytest.raises(ValueError, match=r"in text_model|text_model has"):
+            other.load_adapter(tmp_path, "third")
+        assert list(other.peft_config) == ["default"]
+        torch.testing.assert_close(logits(other), before, **EXACT)
+
+
+def test_transformers_loads_those_inside_as_well(tmp_path):
+    """Into a model without adapters; into another one, they would act for what is there."""
+    model = with_inner("default")
+    model.save_pretrained(tmp_path)
+    other = base()
+    other.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(other), logits(model), **EXACT)
+    plain = base()
+    inject_adapter_in_model(config(), plain)
+    before = logits(plain)
+    with pytest.raises(ValueError, match=r"'default' in text_model, which this model hasn't"):
+        plain.load_adapter(tmp_path, adapter_name="second")
+    torch.testing.assert_close(logits(plain), before, **EXACT)
+
+
+@pytest.mark.parametrize("active", [["default"], ["second"], ["default", "second"], [], None], ids=str)
+def test_which_of_them_act_is_saved(active, tmp_path):
+    """One, several, none, or switched off."""
+    model = with_inner("default", "second")
+    for layer in lora_layers(model):
+        if active is None:
+            layer.enable_adapters(False)
+        else:
+            layer.set_adapter(active)
+    with model.disable_adapter() if active else torch.no_grad():
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), **EXACT)
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_one_that_acts_in_some_layers_is_refused_when_saving(tmp_path):
+    """No file says so."""
+    model = with_inner("default", "second")
+    lora_layers(model)[0].set_adapter("default")
+    with pytest.raises(ValueError, match="acts in some of its layers"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_inner_adapter_of_ones_own_is_not_overwritten(tmp_path):
+    """Another configuration under the same name is refused; a file that is refused later changes no weight."""
+    with_inner("default").save_pretrained(tmp_path)
+    model = base()
+    inject_adapter_in_model(lora(lora_alpha=2), model.text_model)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"text_model has an adapter 'default' of another configuration.*lora_alpha"):
+        PeftModel.from_pretrained(model, tmp_path)
+    torch.testing.assert_close(logits(model), before, **EXACT)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+    model = base()
+    inject_adapter_in_model(lora(), model.text_model)
+    before = logits(model)
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        PeftModel.from_pretrained(model, tmp_path)
+    torch.testing.assert_close(logits(model), before, **EXACT)
+
+
+@pytest.mark.parametrize("change", [lambda v: v * torch.nan, lambda v: v.to(torch.int8), lambda v: v > 0])
+def test_inner_weights_that_are_no_numbers_are_refused(change, tmp_path):
+    """As READ's are; an adapter that is loaded anew keeps what it had, the one around as well."""
+    with_inner("default").save_pretrained(tmp_path)
+    path = tmp_path / "inner.text_model.default" / WEIGHTS
+    save_file({key: change(value) for key, value in load_file(path).items()}, path)
+    model = with_inner("default")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lstta_" in name:
+                parameter.add_(0.1)
+    before = logits(model)
+    for load in (lambda: model.load_adapter(tmp_path, "default"), lambda: PeftModel.from_pretrained(base(), tmp_path)):
+        with pytest.raises(ValueError, match=r"nothing was loaded: (not finite|wrong type)"):
+            load()
+    torch.testing.assert_close(logits(model), before, **EXACT)
+
+
+def test_a_start_that_rewrites_the_base_is_undone(tmp_path):
+    """PiSSA takes from the base what it trains; a refused file gives it back."""
+    with_inner("default", init_lora_weights="pissa").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+    model = base()
+    before = logits(model)
+    with pytest.raises(ValueError, match="nothing was loaded"):
+        PeftModel.from_pretrained(model, tmp_path)
+    torch.testing.assert_close(logits(model), before, **EXACT)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    """Of the adapter inside."""
+    with_inner("default").save_pretrained(tmp_path)
+    (tmp_path / "inner.text_model.default" / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"saved with 'default' in text_model, but there is no .*inner\.text_model"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*offload.*:UserWarning")
+def test_those_in_offloaded_layers_are_refused(tmp_path):
+    """PEFT makes them without values; READ's lie where they run."""
+    with_inner("default").save_pretrained(tmp_path)
+    offloaded = cpu_offload(base(), execution_device=torch.device("cpu"))
+    before = logits(offloaded)
+    with pytest.raises(ValueError, match="without values: the layer is offloaded"):
+        PeftModel.from_pretrained(offloaded, tmp_path)
+    torch.testing.assert_close(logits(offloaded), before, **EXACT)
+    inject_adapter_in_model(lora(), offloaded.text_model)
+    with pytest.raises(ValueError, match="without values: the layer is offloaded"):
+        get_peft_model(offloaded, config())
+    adapted("read").save_pretrained(tmp_path / "read")
+    loaded = PeftModel.from_pretrained(cpu_offload(base(), execution_device=torch.device("cpu")), tmp_path / "read")
+    torch.testing.assert_close(logits(loaded), logits(adapted("read")), rtol=0, atol=1e-6)

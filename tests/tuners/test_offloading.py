@@ -1,5 +1,7 @@
 """Bases whose weights accelerate has offloaded: as the same base in memory, and left where they lie."""
 
+import contextlib
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -11,7 +13,7 @@ from lstta_models import result as composite_result
 from models import base_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_read import LsttaConfig, ReadConfig
 
@@ -148,3 +150,24 @@ def test_tokens_of_offloaded_embeddings_are_refused(folder):
     with pytest.raises(ValueError, match=r"(?i)offloaded"):
         adapt(base, modules_to_save=None, trainable_token_indices=[3])
     torch.testing.assert_close(logits(base), before, **EXACT)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_are_trained_stay_tied(tied, tmp_path):
+    """The head shares the trained copy where the base's are tied, and both lie where they run."""
+
+    def tied_base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=tied, **sizes))
+
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    quiet = contextlib.nullcontext() if tied else pytest.warns(UserWarning, match="tied")
+    with quiet:
+        plain, model = adapt(tied_base(), **options), adapt(cpu_offload(tied_base(), execution_device=CPU), **options)
+    torch.testing.assert_close(train(model), train(plain), **EXACT)
+    torch.testing.assert_close(logits(model), logits(plain), **EXACT)
+    plain.save_pretrained(tmp_path)
+    with quiet:
+        loaded = PeftModel.from_pretrained(cpu_offload(tied_base(), execution_device=CPU), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(plain), **EXACT)
