@@ -57,7 +57,3 @@ MASKS_OF_TOWERS: dict[str, dict[str, str | None]] = {
     "perceiver": {"": None},  # latents
     "xclip": {"": None},  # the frames of a video
 }
-
-# Model types that pad their tokens on the right to a whole number of windows, by the entry of the configuration that
-# tells.
-WINDOWS = "attention_window"

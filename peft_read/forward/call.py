@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures.exceptions import MASKS_OF_TOWERS, WINDOWS
+from ..architectures.exceptions import MASKS_OF_TOWERS
 from . import arguments as names
 from .description import Description, check_reach, descriptions
 from .states_beside_cache import cached_length
@@ -27,7 +27,6 @@ class ForwardCall:
     Attributes:
         is_plain: whether the model is a plain module, not one that follows transformers' rules.
         causal: whether the model's tokens see only earlier ones.
-        pads_right: whether the model pads its tokens on the right to a whole number of windows.
         attention: transformers' name of the attention implementation, None where a model has none.
         tokens_shape: `(batch, time)` of the tokens, None if the model was given none.
         mask: the model's own mask, in whatever form; None if it has none.
@@ -47,7 +46,6 @@ class ForwardCall:
 
     is_plain: bool = False
     causal: bool = False
-    pads_right: bool = False
     attention: str | None = None
     tokens_shape: tuple[int, int] | None = None
     mask: Any = None
@@ -78,7 +76,6 @@ class ForwardCall:
         return cls(
             is_plain=not isinstance(owner, PreTrainedModel),
             causal=causal,
-            pads_right=hasattr(config, WINDOWS),
             attention=getattr(config, "_attn_implementation", None),
             tokens_shape=None if tokens is None else (tokens.shape[0], tokens.shape[1]),
             mask=names.find_mask(arguments),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..tracing import is_tracing
@@ -69,9 +68,6 @@ def _read_masks(running: RunningForward, shape: tuple[int, int], module_name: st
         valid = valid_tokens(inner, shape, past, additive=True)
     if valid is None and padding is not None and tuple(padding.shape) == tuple(shape):
         valid = is_visible(padding) if padding.is_floating_point() else padding == 0
-    if valid is None and call.pads_right and isinstance(mask, Tensor) and mask.ndim == 2:
-        missing = shape[1] - mask.shape[1]
-        valid = F.pad(mask != 0, (0, missing)) if missing > 0 else None
     # Nothing is padded, whatever tokens the mask is about; or it isn't about these.
     if valid is None and padding is None and (mask is None or _is_all_true(mask)):
         return None
