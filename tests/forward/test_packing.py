@@ -123,6 +123,13 @@ def test_where_a_row_is_cut(given, expected):
     assert starts(position_ids=torch.tensor([given])) == expected
 
 
+def test_of_four_rows_the_text_s_own_tell():
+    """Qwen-VL's positions of time, height and width follow, which may begin again elsewhere."""
+    others = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 4, 5], [0, 0, 1, 1, 4, 5]])
+    given = torch.cat([torch.tensor([[0, 1, 2, 0, 1, 2]]), others])[:, None]
+    assert starts(position_ids=given) == [3]
+
+
 def test_where_lengths_are_given():
     """They count, whatever else is there."""
     cut = torch.tensor([0, 2, 6], dtype=torch.int32)
