@@ -5,5 +5,5 @@ choices (its losses are in `losses.py`), `generation.py` writes, `retrieval.py` 
 gets towers with their weights, `towers.py` knows how each is called, `features.py` stands for a tower whose outputs
 are on disk. `inputs.py` checks what a model is called with, `fusion.py` makes one vector of the towers' outputs.
 `processing.py` makes a batch of whatever people have: `pictures.py` and `sounds.py` take each kind of it, `media.py`
-reads files. `picture.py` draws what counted in a clip.
+reads files, `options.py` checks numbers such as rates. `picture.py` draws what counted in a clip.
 """
