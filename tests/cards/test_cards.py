@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_card_says_what_there_is(tmp_path):
         "Words about rain.",
         "| Rain |  | accuracy | 0.875 |",
         "| steps | 7 |",
-        f"| torch | {torch.__version__} |",
+        f"| torch | {version('torch')} |",
         "CPU",
         'BertForSequenceClassification.from_pretrained("ann/base", num_labels=3)',
         'PeftModel.from_pretrained(base_model, "rain")',

@@ -138,6 +138,7 @@ def run(session, given):
 @IN_BOTH_DIRECTIONS
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of transformers' own code
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")  # from torch 2.14 on
 @torch.no_grad()
 def test_trace(cell, bidirectional):
     """A traced model goes on with other sizes and masks as well."""
