@@ -5,10 +5,12 @@ import pytest
 import torch
 from transport_oracles import (
     SIZES,
+    assert_feasible,
     capacities,
     cosine_costs,
     linear_program,
     pot_entropic,
+    relative_error,
 )
 
 from peft_read.pvla.naive import naive_partial_transport
@@ -16,20 +18,6 @@ from peft_read.pvla.transport import partial_transport
 
 
 REG = 0.05
-
-
-def relative_error(plan, reference):
-    """L1 distance of two plans over the mass, the worst of the samples."""
-    return ((plan - reference).abs().sum((1, 2)) / reference.sum((1, 2))).max().item()
-
-
-def assert_feasible(plan, a, b, total, atol=1e-4):
-    assert (plan >= 0).all()
-    torch.testing.assert_close(
-        plan.sum((1, 2)), torch.as_tensor(total, dtype=plan.dtype).expand(len(plan)), rtol=atol, atol=0
-    )
-    assert (plan.sum(2) <= a * (1 + atol)).all()
-    assert (plan.sum(1) <= b * (1 + atol)).all()
 
 
 # The minimiser

@@ -49,3 +49,17 @@ def central_differences(function, x, step=1e-5):
     """Gradient at the one sample x, `(1, ...)`, of a function of a batch of samples to `(batch,)`."""
     steps = step * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape[1:])
     return ((function(x + steps) - function(x - steps)) / (2 * step)).view_as(x)
+
+
+def relative_error(plan, reference):
+    """L1 distance of two plans over the mass, the worst of the samples."""
+    return ((plan - reference).abs().sum((1, 2)) / reference.sum((1, 2))).max().item()
+
+
+def assert_feasible(plan, a, b, total, atol=1e-4):
+    assert (plan >= 0).all()
+    torch.testing.assert_close(
+        plan.sum((1, 2)), torch.as_tensor(total, dtype=plan.dtype).expand(len(plan)), rtol=atol, atol=0
+    )
+    assert (plan.sum(2) <= a * (1 + atol)).all()
+    assert (plan.sum(1) <= b * (1 + atol)).all()
