@@ -1,10 +1,10 @@
 """Settings of the whole test suite."""
 
 import gc
+import importlib
 import os
 
 import torch
-from common.beside_torch import import_torchvision
 
 
 # No test may depend on a network: what looks for a file on the Hub is told at once that there is none.
@@ -12,8 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU Triton's kernels are interpreted; Triton wants to know when it's imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Where it's installed, beside a torch that it wasn't built for too: before transformers imports it.
-import_torchvision()
+# Where torchvision is installed, beside a torch that it wasn't built for too: before transformers imports it.
+importlib.import_module("common")
 # There is a test process for each core, and models here are too small for more than one thread.
 torch.set_num_threads(1)
 

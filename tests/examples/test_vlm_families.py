@@ -162,8 +162,7 @@ def saved(tmp_path_factory, samples):
 LOAD = """
 import json, sys
 from pathlib import Path
-from common.beside_torch import import_torchvision
-import_torchvision()
+import common  # torchvision, where it is
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
