@@ -75,9 +75,11 @@ def check_fit(
                 faults.append(f"no values: {key} is on the meta device")
     if faults:
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+        name = config.base_model_name_or_path
+        named = f" (the adapter names {shown(name)})" if name else ""
         raise ValueError(
             f"The weights don't fit adapter {adapter_name!r}, so nothing was loaded. They may belong to another "
-            f"base model (the adapter names {shown(config.base_model_name_or_path)}) or another configuration:\n  "
+            f"base model{named} or another configuration:\n  "
             + "\n  ".join(fault if len(fault) < 400 else f"{fault[:400]}..." for fault in faults[:10])
             + more
         )

@@ -132,12 +132,12 @@ def save_inner_adapters(model: PeftModel, folder: Path, state_dict: Mapping[str,
         for name, config in module.peft_config.items():
             place = folder / folder_of(part, name)
             place.mkdir(parents=True, exist_ok=True)
-            weights = _weights(module, name, given)
-            save_file(
-                {key: value.detach().contiguous() for key, value in weights.items()},
-                place / WEIGHTS,
-                metadata={"format": "pt"},
-            )
+            # Layers may share weights, as RandLoRA's do, which safetensors refuses.
+            weights = {
+                key: value.detach().clone(memory_format=torch.contiguous_format)
+                for key, value in _weights(module, name, given).items()
+            }
+            save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
             config.save_pretrained(str(place))
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, RandLoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -28,6 +28,7 @@ pytestmark = [
 INNER = {
     "lora": {"text_model": LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)},
     "read": {"text_model": ReadConfig(r=4, cell="gru", init_weights=False)},
+    "randlora": {"text_model": RandLoraConfig(r=2, target_modules=["query", "value"], init_weights=False)},
     "both": {
         "text_model": LoraConfig(r=2, target_modules=["query", "output.dense"], init_lora_weights=False),
         "vision_model": ReadConfig(r=4, recur_over="frames", num_frames=2, init_weights=False),
@@ -117,7 +118,7 @@ def test_both_are_trained_saved_and_loaded(inner, tmp_path):
     model = adapted(inner)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    kinds = ("lora_", "read_", "lstta_", "modules_to_save")
+    kinds = ("lora_", "randlora_", "read_", "lstta_", "modules_to_save")
     assert all(any(kind in name for kind in kinds) for name in trained)
     run = trainer(model, tmp_path / "run")
     run.train()
