@@ -1,6 +1,7 @@
 """Recipes: each runs end to end on random features of the right shapes; mistakes are named."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_a_recipe_runs_from_features_to_scores(tmp_path, tiny_bart, benchmark):
     data, output = write(benchmark, tmp_path / "data"), tmp_path / "out"
     results = run(benchmark, data, output, *options.get(benchmark, []))
     written = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    assert written["machine"]["versions"]["torch"] == torch.__version__
+    assert written["machine"]["versions"]["torch"] == version("torch")
     for domain, scores in results["scores"].items():
         assert set(scores) >= SCORES[benchmark]
         assert all(0 <= score <= 100 or np.isnan(score) for score in scores.values())
