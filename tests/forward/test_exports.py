@@ -1,11 +1,10 @@
 """Adapted models leave Python: torch.export with open sizes, ONNX, torch.jit.trace."""
 
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_code
 from helpers import CLOSE, adapted, batch_of
 from torch import nn
 from torch.export import Dim
@@ -74,8 +73,7 @@ def test_a_saved_program_runs_in_another_process(tmp_path):
     sizes = {name: {0: Dim("batch"), 1: Dim("time", max=64)} for name in batch}
     torch.export.save(torch.export.export(encoder, (), batch, dynamic_shapes=sizes), tmp_path / "encoder.pt2")
     torch.save((batch, encoder(**batch)), tmp_path / "expected")
-    (tmp_path / "load.py").write_text(LOAD)
-    subprocess.run([sys.executable, tmp_path / "load.py", tmp_path / "encoder.pt2", tmp_path / "expected"], check=True)
+    run_code(LOAD, tmp_path / "encoder.pt2", tmp_path / "expected")
 
 
 @torch.no_grad()

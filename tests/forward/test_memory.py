@@ -2,12 +2,11 @@
 
 import gc
 import pickle
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
+from fresh import run_code
 from generators import CACHE, empty_cache, generate, generator, prompt, random_ids, step
 from helpers import adapted, adapter_parameters, batch_of, enable_checkpointing, loss_of
 from models import bert_config, llama_config
@@ -176,7 +175,6 @@ CONTINUE = """
 import pickle, sys
 import torch
 import peft_read
-sys.path[:0] = sys.argv[2:]
 from generators import generator, random_ids, step
 for family, cell, cache, before in torch.load(sys.argv[1], weights_only=False):
     if isinstance(cache, bytes):
@@ -202,8 +200,7 @@ def test_saved_caches_go_on_in_another_process(tmp_path):
         step(family, model, before, cache)
         saved += [(family, cell, pickle.dumps(cache), before), (family, cell, cache, before)]
     torch.save(saved, tmp_path / "caches")
-    (tmp_path / "go_on.py").write_text(CONTINUE)
-    subprocess.run([sys.executable, tmp_path / "go_on.py", tmp_path / "caches", *sys.path], check=True)
+    run_code(CONTINUE, tmp_path / "caches")
 
 
 def test_weights_need_no_collector():

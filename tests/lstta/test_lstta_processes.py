@@ -4,6 +4,7 @@ import os
 
 import torch
 from devices import TOWER, free_port, three_towers
+from fresh import run_ranks
 from peft import get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -95,7 +96,7 @@ def work(rank, folder, port):
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     """DDP averages over the processes what each found in its half of the batch; pairs are compared within a half."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(work, (tmp_path, free_port()), nprocs=2)
+    run_ranks(work, tmp_path, free_port())
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, make in MODELS.items():
         inputs = halves(name) if name == "retrieval" else [batch(name)]

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_code
 from lstta_models import (
     CLOSE,
     INPUTS,
@@ -106,15 +104,14 @@ def test_many_blocks_are_not_condensed(tmp_path):
 
 def test_load_in_a_fresh_process(saved):
     """The package's import is all that a loader needs."""
-    script = (
+    code = (
         "import peft_read, torch, sys\n"
         "from peft import PeftModel\n"
         "from lstta_models import composite, result, batch_of\n"
         f"model = PeftModel.from_pretrained(composite(), {str(saved)!r})\n"
         f"torch.save(result(model, batch_of()), {str(saved / 'result.pt')!r})\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    run_code(code)
     assert_same(torch.load(saved / "result.pt"), result(adapted(), INPUTS), **CLOSE)
 
 

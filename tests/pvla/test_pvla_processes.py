@@ -9,6 +9,7 @@ from alignment import CASES, CAUSAL, steps_logged, trainer_of, weights
 from alignment_batches import marked, spoken
 from alignment_inputs import MODELS, mean_over_frames, watched
 from devices import free_port, join
+from fresh import run_ranks
 
 
 OWN = replace(MODELS["own model"], arguments={"compute_loss_func": mean_over_frames})
@@ -74,7 +75,7 @@ def work(rank, folder, port):
 def processes(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (folder, free_port()), nprocs=2)
+    run_ranks(work, folder, free_port())
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,12 +1,11 @@
 """Adapters of two methods in one model: LoRA or READ inside of towers, and LSTTA between these."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from fresh import run_code
 from peft import LoraConfig, PeftModel, RandLoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -142,8 +141,7 @@ def test_a_new_process_loads_both(tmp_path):
     model = adapted("both")
     model.save_pretrained(tmp_path / "adapter")
     torch.save(batch(), tmp_path / "batch")
-    places = [str(tmp_path / name) for name in ("base", "adapter", "batch", "out")]
-    subprocess.run([sys.executable, "-c", FRESH, *places], check=True)
+    run_code(FRESH, *(tmp_path / name for name in ("base", "adapter", "batch", "out")))
     torch.testing.assert_close(torch.load(tmp_path / "out"), logits(model), rtol=0, atol=1e-6)
 
 

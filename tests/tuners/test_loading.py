@@ -2,11 +2,10 @@
 
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_code
 from helpers import EXACT, adapted, batch_of, result, strengthen
 from models import LAYERS, WIDTH, base_model, bert_config
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -242,8 +241,7 @@ def test_a_fresh_process_loads_what_another_saved(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     torch.save(BATCH, tmp_path / "batch")
-    command = [sys.executable, "-c", FRESH, *(str(tmp_path / name) for name in ("base", "adapter", "batch", "out"))]
-    subprocess.run(command, check=True)
+    run_code(FRESH, *(tmp_path / name for name in ("base", "adapter", "batch", "out")))
     with torch.no_grad():
         expected = model(**BATCH).last_hidden_state
     torch.testing.assert_close(torch.load(tmp_path / "out"), expected, rtol=0, atol=1e-6)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
+from fresh import SERVER, run_ranks
 
 
 RUNS = [("read", "ddp"), ("read", "fsdp2"), ("read", "fsdp1"), ("lstta", "ddp"), ("lstta", "fsdp2")]
@@ -39,10 +40,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """What each of two processes found in the runs, those included that were killed before."""
-    context = torch.multiprocessing.get_context("spawn")
     for strategy in ("ddp", "fsdp2"):
         port = devices.free_port()
-        workers = [context.Process(target=train_until_killed, args=(r, folder, port, strategy)) for r in range(2)]
+        workers = [SERVER.Process(target=train_until_killed, args=(r, folder, port, strategy)) for r in range(2)]
         for worker in workers:
             worker.start()
         workers[0].join()
@@ -50,7 +50,7 @@ def found(folder):
         workers[1].join()
         assert workers[0].exitcode == -9
         assert [path.name for path in (folder / f"killed-{strategy}").glob("checkpoint-*")] == [f"checkpoint-{SAVED}"]
-    torch.multiprocessing.spawn(train, (folder, devices.free_port()), nprocs=2)
+    run_ranks(train, folder, devices.free_port())
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
