@@ -254,6 +254,8 @@ def test_swins_checkpointed_stages_are_refused():
     with pytest.raises(LockstepError, match="inside of a part that is checkpointed") as caught:
         run_in_lockstep({"vision": lambda: model(**tower_inputs("swin"))}, identity)
     assert "vision tower" in caught.value.__notes__[0]
+    del caught
+    gc.collect()  # torch 2.11 leaves a checkpoint that was refused only when its frames are freed
 
 
 def test_a_run_inside_of_a_checkpoint_is_recomputed_as_a_whole():

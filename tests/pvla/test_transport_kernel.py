@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from kernels import DEVICE, MARKS
 from transport_oracles import capacities, cosine_costs, pot_entropic
 
 from peft_read.kernels import SWITCH
@@ -14,15 +15,14 @@ from peft_read.pvla import transport
 from peft_read.pvla.transport import partial_transport
 
 
-pytest.importorskip("triton")
 # Nothing flows from or to a point that is padding: its factor is one over zero, and then its limit.
 pytestmark = [
+    *MARKS,
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)

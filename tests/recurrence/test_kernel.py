@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from kernels import DEVICE, MARKS
 from torch import nn
 
 from peft_read import recurrent_scan
@@ -15,17 +16,12 @@ from peft_read.recurrence import dispatch as eager
 from peft_read.recurrence.module import Recurrence
 
 
-pytest.importorskip("triton")
-
-
 # Exponentials that overflow give gates that are shut; what isn't a number stays so.
 pytestmark = [
+    *MARKS,
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 CELLS = {"rnn": nn.RNN, "relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}

@@ -1,0 +1,18 @@
+"""Where Triton's kernels run in tests: on a GPU if there is one, else in Triton's interpreter."""
+
+import numpy as np
+import pytest
+import torch
+from packaging.version import Version
+
+
+triton = pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_old = Version(triton.__version__) < Version("3.7")
+MARKS = [
+    pytest.mark.skipif(
+        DEVICE == "cpu" and _old and Version(np.__version__) >= Version("2.4"),
+        reason="Triton 3.6's interpreter makes numbers of arrays of one element, which NumPy 2.4 refuses",
+    ),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
