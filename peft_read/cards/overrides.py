@@ -11,6 +11,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,8 @@ from .writing import (
 Call = Callable[..., Any]
 OURS = "_peft_read_original"  # where a method keeps the one that it overrides
 GIVEN = "_peft_read_given"  # where a Trainer keeps what its pushes were told for the card
-SAVING = "_peft_read_saving"  # whether a model is being saved, and will write its card thereafter
+# The model that is being saved, and will write its card thereafter; other threads may save it as well.
+_saving: ContextVar[PeftModel | None] = ContextVar("saving", default=None)
 PUSH = "_peft_read_push"  # where a Trainer keeps the arguments of its push while it lasts
 
 
@@ -86,11 +88,11 @@ def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> Non
     inner, active = inner_adapters(model), active_inner_adapters(model)
     for config in cast(dict[str, AdapterConfig], model.peft_config).values():
         config.inner_adapters, config.active_inner_adapters = inner, active
-    setattr(model, SAVING, True)
+    token = _saving.set(model)
     try:
         save()
     finally:
-        delattr(model, SAVING)
+        _saving.reset(token)
     if given["is_main_process"]:
         folder, state_dict = Path(given["save_directory"]), given["kwargs"].get("state_dict")
         for name in given["selected_adapters"] or model.peft_config:
@@ -99,7 +101,7 @@ def _save_pretrained(save: Call, model: PeftModel, given: dict[str, Any]) -> Non
 
 
 def _create_or_update_model_card(_: Call, model: PeftModel, given: dict[str, Any]) -> None:
-    if not getattr(model, SAVING, False):
+    if _saving.get() is not model:
         write_card(model, Path(given["output_dir"]))
 
 

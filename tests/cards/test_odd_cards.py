@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -174,3 +175,13 @@ def test_what_a_card_can_hold_is_written(tmp_path):
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert {name: data[name] for name in fields} == fields
     assert {"rain", "read"} <= set(data["tags"])
+
+
+def test_many_threads_save_one_model(tmp_path):
+    """Each into a folder of its own, weights and card."""
+    model = adapted("bert")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: model.save_pretrained(tmp_path / str(number)), range(24)))
+    for folder in tmp_path.iterdir():
+        check_saved(folder)
+        assert ModelCard.load(folder / "README.md").data.library_name == "peft"
