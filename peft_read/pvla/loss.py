@@ -160,8 +160,7 @@ class PvlaLoss(nn.Module):
                 costs = self._costs(video, words, "bfd,bwd->bfw")
                 distance, plan, residual, valid = self._transport(costs, frames_count, words_count)
                 return PvlaDetails(distance, distance, plan, residual, valid, valid)
-            keys = words.new_zeros(len(words), 1, dtype=torch.long) if tokens is None else sentence_keys(*tokens)
-            return self._contrast(video, words, frames_count, words_count, keys, across_devices)
+            return self._contrast(video, words, frames_count, words_count, tokens, across_devices)
 
     def without_negatives(self) -> PvlaLoss:
         """The distances alone."""
@@ -173,12 +172,13 @@ class PvlaLoss(nn.Module):
         words: Tensor,
         frames_count: Tensor,
         words_count: Tensor,
-        keys: Tensor,
+        tokens: tuple[Tensor, Tensor | None] | None,
         across_devices: bool,
     ) -> PvlaDetails:
         """Details of the own pairs, whose losses compare them with all others: one problem of all pairs."""
         batch, first = len(video), 0
         all_video, all_words, all_frames_count, all_words_count = video, words, frames_count, words_count
+        keys = words.new_zeros(batch, 1, dtype=torch.long) if tokens is None else sentence_keys(*tokens)
         all_keys = keys
         if across_devices:
             masks = [x.to(video.dtype) for x in (frames_count, words_count)]
@@ -197,7 +197,8 @@ class PvlaLoss(nn.Module):
         own_keys = all_keys[first : first + batch]  # as long as those of the others
         same = same_keys(all_keys, own_keys)
         known = (all_keys > 0).any(1) | ~(all_words_count > 0).any(1)
-        if not known.all():
+        # On one device no value has to be waited for.
+        if tokens is None or (everything > batch and not known.all()):
             by_states = same_states(all_words, all_words_count, words, words_count)
             same = torch.where(known[first : first + batch, None] & known, same, by_states)
         all_valid = all_frames_count.any(1) & (all_words_count > 0).any(1)
