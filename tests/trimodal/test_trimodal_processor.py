@@ -262,15 +262,10 @@ def test_without_pyav_only_files_are_refused(tmp_path, monkeypatch):
 
 
 WITH_TORCHVISION = """
-import torch
-
-# Its wheels are built for CUDA; beside torch for the CPU these two declarations are what it misses.
-library = torch.library.Library("torchvision", "DEF")
-for name in ("nms", "qnms"):
-    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import sys
+import common  # torchvision, beside any torch
 import numpy as np
+import torch
 from test_trimodal_processor import tokenizer
 from transformers import VideoMAEVideoProcessor, ViTImageProcessor, VJEPA2VideoProcessor
 from peft_read import TrimodalProcessor
