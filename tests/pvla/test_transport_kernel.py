@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from kernels import DEVICE, MARKS
 from transport_oracles import capacities, cosine_costs, pot_entropic
+from triton_device import DEVICE, MARKS
 
 from peft_read.kernels import SWITCH
 from peft_read.pvla import transport

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from kernels import DEVICE, MARKS
 from torch import nn
+from triton_device import DEVICE, MARKS
 
 from peft_read import recurrent_scan
 from peft_read.kernels import SWITCH

@@ -1,4 +1,5 @@
 """Where Triton's kernels run in tests: on a GPU if there is one, else in Triton's interpreter."""
+# Named unlike the package `kernels`, which transformers looks for.
 
 import numpy as np
 import pytest
