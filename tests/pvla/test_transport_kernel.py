@@ -1,12 +1,10 @@
 """The Triton kernel of partial transport against torch's path: on a GPU where there is one, else interpreted."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import run_code
 from transport_oracles import capacities, cosine_costs, pot_entropic
 from triton_device import DEVICE, MARKS
 
@@ -209,8 +207,4 @@ assert min(map(len, binaries)) > 1000
 
 def test_it_compiles_for_gpus(tmp_path):
     """To machine code, which takes no GPU: the interpreter accepts more than the compiler."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("TRITON_INTERPRET", None)
-    script = tmp_path / "compile.py"
-    script.write_text(COMPILE)
-    subprocess.run([sys.executable, script], check=True, env=environment)
+    run_code(COMPILE, TRITON_CACHE_DIR=str(tmp_path))

@@ -1,10 +1,7 @@
 """The Triton kernels compile to machine code, which takes no GPU, and are launched as Triton itself would."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from fresh import run_code
 
 
 pytest.importorskip("triton")
@@ -86,8 +83,4 @@ for driver.active.device, (kind, _, size) in enumerate(targets):
 
 def test_the_kernels_compile_for_gpus(tmp_path):
     """To machine code, which takes no GPU: the interpreter accepts more than the compiler. And they are launched."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("TRITON_INTERPRET", None)
-    script = tmp_path / "compile.py"
-    script.write_text(COMPILE)
-    subprocess.run([sys.executable, script], check=True, env=environment)
+    run_code(COMPILE, TRITON_CACHE_DIR=str(tmp_path))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
-from fresh import SERVER, run_ranks
+from fresh import run_ranks, server
 
 
 RUNS = [("read", "ddp"), ("read", "fsdp2"), ("read", "fsdp1"), ("lstta", "ddp"), ("lstta", "fsdp2")]
@@ -42,7 +42,7 @@ def found(folder):
     """What each of two processes found in the runs, those included that were killed before."""
     for strategy in ("ddp", "fsdp2"):
         port = devices.free_port()
-        workers = [SERVER.Process(target=train_until_killed, args=(r, folder, port, strategy)) for r in range(2)]
+        workers = [server().Process(target=train_until_killed, args=(r, folder, port, strategy)) for r in range(2)]
         for worker in workers:
             worker.start()
         workers[0].join()
