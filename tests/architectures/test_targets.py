@@ -44,7 +44,7 @@ from peft_read.architectures.targets import default_targets
 MEASURED = json.loads((Path(__file__).parent / "read_targets.json").read_text())
 # Of the types whose parts had other names before.
 RENAMED = {"qwen2_5_omni": "5.23.0", "qwen2_5_omni_thinker": "5.23.0"}
-# What the defaults of some configs lack.
+# What the defaults of some configs lack, or take a second for.
 OPTIONS = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 2}},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
@@ -53,6 +53,7 @@ OPTIONS = {
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "videomae": {"num_frames": 2},
 }
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY = SMALL | {"num_key_value_heads": 2, "vocab_size": 20}
