@@ -131,11 +131,12 @@ def iterate_clips(path: Path, clip_seconds: float) -> Iterator[np.ndarray]:
     """The frames of `decode_clips`, one by one: of a long video none has to be kept."""
     clips, size, end = 0, None, 0.0
     with opened(path) as container:
-        for frame, end in _shown(container, path):
+        stream = video_stream(container, path)
+        for frame, end in _shown(container, stream, path):
             image = None
             while (clips + 0.5) * clip_seconds < end - ROUNDING:  # of several clips, where a frame is shown for long
-                size = size or _size(frame)  # of the first, should they differ
-                image = upright(frame, size) if image is None else image
+                size = size or _size(frame, stream)  # of the first, should they differ
+                image = upright(frame, stream, size) if image is None else image
                 yield image
                 clips += 1
     if not clips:
@@ -145,9 +146,8 @@ def iterate_clips(path: Path, clip_seconds: float) -> Iterator[np.ndarray]:
         )
 
 
-def _shown(container: Any, path: Path) -> Iterator[tuple[Any, float]]:
+def _shown(container: Any, stream: Any, path: Path) -> Iterator[tuple[Any, float]]:
     """Each frame of a video, and up to which second it is shown; before the first one is, that stands in for it."""
-    stream = video_stream(container, path)
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     # Transport streams have a clock that began before they did.
     zero = (container.start_time or 0) / av.time_base if container.format.flags & NO_ZERO else 0.0
@@ -181,9 +181,9 @@ def _checked(end: float, begin: float, path: Path) -> float:
     return end
 
 
-def _size(frame: Any) -> tuple[int, int]:
+def _size(frame: Any, stream: Any) -> tuple[int, int]:
     """Height and width of an upright frame, in proportion, with `SHORTER_SIDE` pixels at most on the shorter side."""
-    height, width = upright_size(frame)
+    height, width = upright_size(frame, stream)
     scale = min(1.0, SHORTER_SIDE / min(height, width))
     return round(height * scale), round(width * scale)
 

@@ -156,7 +156,7 @@ def _seek(source: Source, wanted: list[int], keys: list[int]) -> list[NDArray[np
                 last, at = frame, time if frame.pts is None else frame.pts
             if last is None:
                 raise ValueError(f"{name_of(source)} has a video track, but no frame in it could be decoded.")
-            images[time] = upright(last)
+            images[time] = upright(last, stream)
     return [images[time] for time in wanted]
 
 
@@ -171,16 +171,18 @@ def _decode_all(source: Source, wanted: int, rate: float) -> Frames:
     begins = [round(1e6 * time) for time in times]
     chosen, borders = _choose(begins, begins[-1] + _usual(begins, 1e6 / rate), wanted)
     with _opened(source) as container:
-        decoded = enumerate(container.decode(_video_of(container, source)))
-        images = {index: upright(frame) for index, frame in decoded if index in set(chosen)}
+        stream = _video_of(container, source)
+        decoded = enumerate(container.decode(stream))
+        images = {index: upright(frame, stream) for index, frame in decoded if index in set(chosen)}
     return Frames([images[index] for index in chosen], borders / 1e6)
 
 
-def upright(frame: Any, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """A decoded frame as it is to be shown: turned and mirrored as its file says.
+def upright(frame: Any, stream: Any, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """A decoded frame as it is to be shown: turned and mirrored as its file says, its pixels made square.
 
     Args:
         frame: of PyAV.
+        stream: that it comes from.
         size: height and width to scale it to, as shown; its own by default.
 
     Returns:
@@ -188,7 +190,7 @@ def upright(frame: Any, size: tuple[int, int] | None = None) -> NDArray[np.uint8
     """
     across, down = _axes(frame)
     sideways = across[0] == 0
-    height, width = size or upright_size(frame)
+    height, width = size or upright_size(frame, stream)
     if sideways:
         height, width = width, height
     image: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", height=height, width=width)
@@ -197,10 +199,11 @@ def upright(frame: Any, size: tuple[int, int] | None = None) -> NDArray[np.uint8
     return np.ascontiguousarray(image[:: sum(down), :: sum(across)])
 
 
-def upright_size(frame: Any) -> tuple[int, int]:
-    """Height and width of a decoded frame as it is to be shown."""
+def upright_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """Height and width of a decoded frame of a stream as it is to be shown; wide pixels make it wider, as players do."""
     sideways = _axes(frame)[0][0] == 0
-    return (frame.width, frame.height) if sideways else (frame.height, frame.width)
+    height, width = frame.height, max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    return (width, height) if sideways else (height, width)
 
 
 def _axes(frame: Any) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -53,6 +53,7 @@ def write(
     size=(SIDE, SIDE),
     codec="mpeg4",
     audio_codec="aac",
+    pixel=None,
 ):
     """A file whose pictures begin at these seconds, each of the shade of its time, and which has a sound track.
 
@@ -60,6 +61,7 @@ def write(
         begins: when each picture begins; at `fps` by default.
         images: pictures in place of shades.
         sound: `(channels, samples)`, None for no track.
+        pixel: a pixel's width by its height; square by default.
     """
     if begins is None:
         begins = [index / fps for index in range(round(length * fps))]
@@ -69,6 +71,8 @@ def write(
             video = container.add_stream(codec, rate=1000)
             video.height, video.width, video.pix_fmt = size[0], size[1], "yuv420p"
             video.codec_context.time_base = ticks
+            if pixel is not None:
+                video.codec_context.sample_aspect_ratio = pixel
             if codec == "mpeg4":
                 video.codec_context.qmax = 3
         if sound is not None:

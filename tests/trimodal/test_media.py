@@ -1,11 +1,13 @@
 """Media files by their time stamps: which frames are taken, for which seconds, and when sound is heard."""
 
 import io
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from common.annotations import decode_clips
 from media_files import PEAK, RATE, SIDE, seconds_of, tone, turned, write
 
 from peft_read.trimodal.media import decode_frames, decode_sound, read_frames, resample
@@ -84,6 +86,26 @@ def test_a_phones_video_is_upright(how, tmp_path):
         assert np.array_equal(expected, np.rot90(picture, -int(how) // 90))
     assert image.shape == expected.shape
     assert np.abs(image.astype(int) - expected).mean() < 10
+
+
+@pytest.mark.parametrize(
+    ("suffix", "how"), [(".mp4", None), (".mkv", None), (".mp4", (0, 1, -1, 0))], ids=["mp4", "mkv", "mp4, turned"]
+)
+def test_pixels_that_are_not_square(suffix, how, tmp_path):
+    """A disc that was recorded with pixels of two by one is a disc, as a player shows it, and not an ellipse."""
+    y, x = np.mgrid[:SIDE, : SIDE // 2]
+    inside = (y + 0.5 - SIDE / 2) ** 2 + (2 * x + 1 - SIDE / 2) ** 2 < (SIDE / 4) ** 2
+    picture = np.repeat((255 * inside[..., None]).astype(np.uint8), 3, axis=2)
+    path = write(
+        tmp_path / f"clip{suffix}", images=[picture] * 8, length=0.8, size=picture.shape[:2], pixel=Fraction(2)
+    )
+    image = read_frames(path if how is None else turned(path, how), 1)[0]
+    assert image.shape == (SIDE, SIDE, 3)
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5 - SIDE / 2
+    expected = 255.0 * (y**2 + x**2 < (SIDE / 4) ** 2)
+    assert np.abs(image.mean(-1) - expected).mean() < 20
+    (frame,) = decode_clips(Path(path), 0.8)
+    assert np.abs(frame.mean(-1) - expected).mean() < 20
 
 
 def test_a_last_picture_after_a_long_one_ends_soon(tmp_path):
