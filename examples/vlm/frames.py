@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import av
 import numpy as np
+from common.annotations import opened, video_stream
 from transformers.video_utils import VideoMetadata
+
+from peft_read.trimodal.media import upright, upright_size
 
 
 Video = tuple[np.ndarray, VideoMetadata]
@@ -24,35 +26,29 @@ def decode_frames(path: Path, fps: float, max_frames: int, max_pixels: int | Non
         max_pixels: frames with more are made smaller, in proportion.
 
     Returns:
-        Frames `(frames, height, width, 3)`, uint8, RGB, and what transformers' processors must know of them: which
-        frames of the video they are, how many a second those are, and how long it is.
+        Frames `(frames, height, width, 3)`, uint8, RGB, upright with square pixels, and what transformers' processors
+        must know of them: which frames of the video they are, how many a second those are, and how long it is.
 
     Raises:
         ValueError: if the file can't be decoded or holds no frame.
     """
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video stream.")
-            stream = container.streams.video[0]
-            # When frames are shown, without decoding them: packets come in another order.
-            shown = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
-            if not shown:
-                raise ValueError(f"{path} holds no frame that can be decoded.")
-            rate = float(stream.average_rate or 0) or 1.0
-            times = np.array([float((moment - shown[0]) * stream.time_base) for moment in shown])
-            duration = float(times[-1]) + 1 / rate
-            wanted = {shown[number]: times[number] for number in _wanted(times, duration, min(fps, rate), max_frames)}
-            size = _size(stream.height, stream.width, max_pixels)
-            container.seek(0)
-            kept = {
-                wanted[frame.pts]: frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
-                for frame in container.decode(stream)
-                if frame.pts in wanted
-            }
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{path} can't be decoded as a video: {error}.") from error
-    if not kept:
+    with opened(path) as container:
+        stream = video_stream(container, path)
+        # When frames are shown, without decoding them: packets come in another order.
+        shown = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        if not shown:
+            raise ValueError(f"{path} holds no frame that can be decoded.")
+        rate = float(stream.average_rate or 0) or 1.0
+        times = np.array([float((moment - shown[0]) * stream.time_base) for moment in shown])
+        duration = float(times[-1]) + 1 / rate
+        wanted = {shown[number]: times[number] for number in _wanted(times, duration, min(fps, rate), max_frames)}
+        container.seek(0)
+        kept, size = {}, None
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                size = size or _size(*upright_size(frame, stream), max_pixels)
+                kept[wanted[frame.pts]] = upright(frame, stream, size)
+    if size is None:
         raise ValueError(f"{path} holds no frame that can be decoded.")
     # Processors take an index over the rate for a time, so where the rate varies these are frames of a steady one.
     indices = [round(second * rate) for second in sorted(kept)]

@@ -200,7 +200,7 @@ def upright(frame: Any, stream: Any, size: tuple[int, int] | None = None) -> NDA
 
 
 def upright_size(frame: Any, stream: Any) -> tuple[int, int]:
-    """Height and width of a decoded frame of a stream as it is to be shown; wide pixels make it wider, as players do."""
+    """Height and width of a decoded frame of a stream as it is to be shown: wide pixels make it wider."""
     sideways = _axes(frame)[0][0] == 0
     height, width = frame.height, max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
     return (width, height) if sideways else (height, width)

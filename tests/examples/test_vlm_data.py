@@ -1,9 +1,12 @@
 """What the example for video language models reads: lines of data, windows in answers, options, frames of videos."""
 
 import re
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+from media_files import turned, write
 from vlm_models import write_data, write_video
 
 from peft_read import PvlaSeq2SeqTrainingArguments
@@ -170,6 +173,20 @@ def test_frames_have_their_times(tmp_path):
     (tmp_path / "b.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"b\.mp4 can't be decoded"):
         decode_frames(tmp_path / "b.mp4", 2, 8)
+
+
+def test_frames_are_shown_as_a_player_shows_them(tmp_path):
+    """A phone's video upright, and wide pixels wide, made smaller or not."""
+    picture = np.zeros((64, 128, 3), np.uint8)
+    picture[:32, :64] = 255
+    path = write(tmp_path / "a.mp4", images=[picture] * 8, length=0.8, size=(64, 128), pixel=Fraction(2))
+    for most, shape in ((None, (256, 64)), (4096, (128, 32))):
+        frames, told = decode_frames(Path(turned(path, (0, 1, -1, 0))), 1, 1, most)
+        assert frames.shape == (1, *shape, 3)
+        assert (told.height, told.width) == shape
+        expected = np.zeros(frames.shape)
+        expected[:, : shape[0] // 2, shape[1] // 2 :] = 255
+        assert np.abs(frames - expected).mean() < 10
 
 
 def test_options(tmp_path):
