@@ -39,7 +39,7 @@ from peft_read import LsttaConfig, TrimodalForSequenceClassification
 
 
 CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
-STEPS, EPOCH = 20, 7  # steps of a run, and of an epoch
+STEPS, EPOCH = 16, 7  # steps of a run, and of an epoch
 # Of 8 examples, in two accumulated batches.
 OPTIONS = {
     "max_steps": STEPS,
