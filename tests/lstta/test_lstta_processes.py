@@ -3,54 +3,9 @@
 import os
 
 import torch
-from devices import TOWER, free_port, three_towers
+from devices import HEADS, free_port
 from fresh import run_ranks
-from peft import get_peft_model
 from torch.nn.parallel import DistributedDataParallel
-from transformers import (
-    ASTConfig,
-    ASTModel,
-    BertConfig,
-    BertModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTModel,
-)
-
-from peft_read import (
-    LsttaConfig,
-    TrimodalForConditionalGeneration,
-    TrimodalForMultipleChoice,
-    TrimodalForRetrieval,
-)
-
-
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-
-
-def with_head(cls):
-    """The towers of `three_towers` under another head."""
-    torch.manual_seed(0)
-    writes = cls is TrimodalForConditionalGeneration
-    model = cls.from_pretrained_towers(
-        vision=ViTModel(ViTConfig(image_size=16, patch_size=8, **TOWER)),
-        audio=ASTModel(ASTConfig(num_mel_bins=16, max_length=32, **TOWER)),
-        text=T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **T5))
-        if writes
-        else BertModel(BertConfig(vocab_size=50, **TOWER)),
-        projection_dim=16,
-    )
-    config = LsttaConfig(r=8, num_heads=2, window=2, init_weights=False, modules_to_save=list(cls.new_parts))
-    return get_peft_model(model, config)
-
-
-MODELS = {
-    "classification": three_towers,
-    "generation": lambda: with_head(TrimodalForConditionalGeneration),
-    "choice": lambda: with_head(TrimodalForMultipleChoice),
-    "retrieval": lambda: with_head(TrimodalForRetrieval),
-}
 
 
 def batch(name):
@@ -64,7 +19,7 @@ def batch(name):
         ids = torch.randint(3, 50, (4, 3, 6), generator=generator)
         return clips | {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 0])}
     ids = torch.randint(3, 50, (4, 6), generator=generator)
-    labels = {"classification": torch.tensor([0, 1, 2, 0]), "generation": ids[:, :3].clone(), "retrieval": None}[name]
+    labels = {"lstta": torch.tensor([0, 1, 2, 0]), "generation": ids[:, :3].clone(), "retrieval": None}[name]
     return clips | {"input_ids": ids} | ({} if labels is None else {"labels": labels})
 
 
@@ -85,7 +40,7 @@ def work(rank, folder, port):
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     found = {}
-    for name, make in MODELS.items():
+    for name, make in HEADS.items():
         # What the last meeting tells pictures and sound, no word that is written can depend on.
         model = DistributedDataParallel(make().eval(), find_unused_parameters=name == "generation")
         found[name] = gradients(model, [halves(name)[rank]])
@@ -98,7 +53,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     run_ranks(work, tmp_path, free_port())
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name, make in MODELS.items():
+    for name, make in HEADS.items():
         inputs = halves(name) if name == "retrieval" else [batch(name)]
         expected = gradients(make().eval(), inputs)
         for actual in (each[name] for each in both):

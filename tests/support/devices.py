@@ -6,6 +6,7 @@ import signal
 import socket
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +28,10 @@ from transformers import (
     ASTModel,
     BertConfig,
     BertModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -35,7 +40,13 @@ from transformers import (
     default_data_collator,
 )
 
-from peft_read import LsttaConfig, TrimodalForSequenceClassification
+from peft_read import (
+    LsttaConfig,
+    TrimodalForConditionalGeneration,
+    TrimodalForMultipleChoice,
+    TrimodalForRetrieval,
+    TrimodalForSequenceClassification,
+)
 
 
 CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -99,22 +110,63 @@ def clips(rows):
     ]
 
 
-def lstta(folder, batch, **options):
-    """Three towers in lockstep."""
-    given = {name: value for name, value in arguments(folder, batch).items() if not name.startswith("pvla_")}
-    data = clips(EXAMPLES)
-    training = TrainingArguments(**(given | OPTIONS | {"label_names": ["labels"]} | options))
-    return Trainer(
-        three_towers(),
-        training,
-        data_collator=default_data_collator,
-        train_dataset=data,
-        eval_dataset=data,
-        **OPTIMIZER,
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+
+
+def under_head(cls):
+    """The towers of `three_towers` under another head."""
+    torch.manual_seed(0)
+    writes = cls is TrimodalForConditionalGeneration
+    model = cls.from_pretrained_towers(
+        vision=ViTModel(ViTConfig(image_size=16, patch_size=8, **TOWER)),
+        audio=ASTModel(ASTConfig(num_mel_bins=16, max_length=32, **TOWER)),
+        text=T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **T5))
+        if writes
+        else BertModel(BertConfig(vocab_size=50, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **TOWER)),
+        projection_dim=16,
     )
+    config = LsttaConfig(r=8, num_heads=2, window=2, init_weights=False, modules_to_save=list(cls.new_parts))
+    return get_peft_model(model, config)
 
 
-TRAINERS = {"read": read_with_pvla, "lstta": lstta}
+HEADS = {
+    "lstta": three_towers,
+    "generation": lambda: under_head(TrimodalForConditionalGeneration),
+    "choice": lambda: under_head(TrimodalForMultipleChoice),
+    "retrieval": lambda: under_head(TrimodalForRetrieval),
+}
+
+
+def clips_for(name, rows):
+    """What each of `HEADS` trains on: sentences to write, one of three to choose, or one to find."""
+    data = clips(rows)
+    for row, example in enumerate(data):
+        if name == "generation":
+            example["labels"] = torch.tensor([5, 9, 12]) + row % 3
+        elif name == "choice":
+            example["input_ids"] = torch.stack([words(row + rows * number, 6) for number in range(3)]) % 50
+        elif name == "retrieval":
+            del example["labels"]
+    return data
+
+
+def in_lockstep(name, folder, batch, **options):
+    """Three towers in lockstep, under one of `HEADS`."""
+    given = {key: value for key, value in arguments(folder, batch).items() if not key.startswith("pvla_")}
+    options = OPTIONS | {"label_names": [] if name == "retrieval" else ["labels"]} | options
+    trainer, training = Trainer, TrainingArguments
+    if name == "generation":
+        trainer, training = Seq2SeqTrainer, Seq2SeqTrainingArguments
+        options |= {"predict_with_generate": True, "generation_max_length": 4, "generation_num_beams": 2}
+    elif name == "retrieval":  # pairs are told apart within a process's batch, so that is of one size
+        options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": batch}
+    data = clips_for(name, EXAMPLES)
+    trainer = trainer(HEADS[name](), training(**(given | options)), default_data_collator, data, data)
+    trainer.optimizer_cls_and_kwargs = OPTIMIZER["optimizer_cls_and_kwargs"]  # no argument of `Seq2SeqTrainer`
+    return trainer
+
+
+TRAINERS = {"read": read_with_pvla} | {name: partial(in_lockstep, name) for name in HEADS}
 
 
 @dataclass
@@ -124,7 +176,7 @@ class Found:
     Attributes:
         trained: steps that it trained itself.
         logs: of each step.
-        predictions: of `UNEVEN` examples each.
+        predictions: of `UNEVEN` examples each; of clips and sentences the loss of all.
         saved: the weights in the adapter's file.
         held: by parameter, how many numbers of it this process holds, and how many it has.
         units: classes of the modules that are sharded as a unit.
@@ -148,7 +200,13 @@ def run(name, folder, processes=1, strategy="ddp", resume=False, callback=None, 
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=resume)
         model = trainer.model
-        predictions = [trainer.predict(trainer.eval_dataset[:count]).predictions for count in UNEVEN]
+        if name == "retrieval":  # whose logits are those of a batch
+            predictions = [trainer.evaluate()["eval_loss"]]
+        else:
+            # Of several processes `Seq2SeqTrainer` gives what fills up the last batch as well.
+            predictions = [trainer.predict(trainer.eval_dataset[:count]).predictions for count in UNEVEN]
+            if name == "generation":
+                predictions = [each[:count] for each, count in zip(predictions, UNEVEN, strict=True)]
         adapter = folder / "adapter"
         if strategy != "fsdp1":  # which can't gather its weights on CPUs
             trainer.save_model(str(adapter))
@@ -162,6 +220,16 @@ def run(name, folder, processes=1, strategy="ddp", resume=False, callback=None, 
             {type(m).__mro__[2].__name__ for m in model.modules() if isinstance(m, FSDPModule)}
             | {type(m.module).__name__ for m in model.modules() if isinstance(m, Fsdp1)},
         )
+
+
+def same_predictions(name, mine, other):
+    """Whether two runs of one of `TRAINERS` predict the same, each example once."""
+    width = 20 if name == "generation" else 3  # which its Trainer fills up
+    for each in (mine, other) if name != "retrieval" else ():
+        shapes = [prediction.shape for prediction in each.predictions]
+        assert shapes == [(count, width) for count in UNEVEN], shapes
+    for one, another in zip(mine.predictions, other.predictions, strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(another), rtol=0, atol=1e-4)
 
 
 def plain(name):

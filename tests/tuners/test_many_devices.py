@@ -6,11 +6,12 @@ import devices
 import pytest
 import torch
 import yaml
-from devices import EPOCH, SAVED, STEPS, UNEVEN, Kill, run
+from devices import EPOCH, HEADS, SAVED, STEPS, Kill, run, same_predictions
 from fresh import run_ranks, server
 
 
 RUNS = [("read", "ddp"), ("read", "fsdp2"), ("read", "fsdp1"), ("lstta", "ddp"), ("lstta", "fsdp2")]
+RUNS += [("generation", "ddp"), ("generation", "fsdp2"), ("choice", "ddp"), ("retrieval", "ddp")]
 
 
 def train(rank, folder, port):
@@ -59,14 +60,14 @@ def expected(folder):
     """What one process finds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {name: run(name, folder / f"{name}-1") for name in ("read", "lstta")}
+        return {name: run(name, folder / f"{name}-1") for name in dict(RUNS)}
 
 
 @pytest.mark.parametrize(("name", "strategy"), [*RUNS, ("resumed", "ddp"), ("resumed", "fsdp2")])
 def test_two_processes_are_one(name, strategy, found, expected):
     """The losses of each step, the weights saved after them, and predictions for any number of examples, each once."""
-    one = expected["lstta" if name == "lstta" else "read"]
-    parts = ("loss", "grad_norm") if name == "lstta" else ("loss", "task_loss", "pvla_loss", "grad_norm")
+    one = expected.get(name, expected["read"])
+    parts = ("loss", "grad_norm") if name in HEADS else ("loss", "task_loss", "pvla_loss", "grad_norm")
     assert sum(log["loss"] for log in one.logs[-EPOCH:]) < sum(log["loss"] for log in one.logs[:EPOCH])
     for each in (rank[name, strategy] for rank in found):
         assert each.trained == (STEPS - SAVED if name == "resumed" else STEPS)
@@ -78,9 +79,7 @@ def test_two_processes_are_one(name, strategy, found, expected):
             assert each.saved.keys() == one.saved.keys()
             for parameter, value in each.saved.items():
                 torch.testing.assert_close(value, one.saved[parameter], rtol=0, atol=1e-5, msg=parameter)
-        for count, mine, other in zip(UNEVEN, each.predictions, one.predictions, strict=True):
-            assert mine.shape == other.shape == (count, 3)
-            torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=0, atol=1e-4)
+        same_predictions(name, each, one)
 
 
 @pytest.mark.parametrize(
