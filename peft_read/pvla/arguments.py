@@ -12,6 +12,9 @@ from .source import SOURCES
 from .words import WORDS
 
 
+DEFAULT_WEIGHT = 0.05
+
+
 @dataclass
 class PvlaArguments:
     """The options of PVLA; inherit from this and from a class of training arguments, in this order.
@@ -26,7 +29,7 @@ class PvlaArguments:
     """
 
     pvla_weight: float = field(
-        default=0.05, metadata={"help": "Weight of the alignment loss beside the task's; 0 leaves it out."}
+        default=DEFAULT_WEIGHT, metadata={"help": "Weight of the alignment loss beside the task's; 0 leaves it out."}
     )
     pvla_gradient_share: float | None = field(
         default=None,
@@ -101,6 +104,11 @@ class PvlaArguments:
             raise ValueError(f"pvla_weight={self.pvla_weight}: expected 0 or a positive number.")
         if self.pvla_gradient_share is not None and not self.pvla_gradient_share > 0:
             raise ValueError(f"pvla_gradient_share={self.pvla_gradient_share}: expected a positive share, or none.")
+        if self.pvla_gradient_share is not None and self.pvla_weight not in (0.0, DEFAULT_WEIGHT):
+            raise ValueError(
+                f"pvla_weight={self.pvla_weight} would be measured anew for "
+                f"pvla_gradient_share={self.pvla_gradient_share}: give one of them."
+            )
         if self.pvla_states not in SOURCES:
             raise ValueError(f"pvla_states={self.pvla_states!r}: expected one of {', '.join(map(repr, SOURCES))}.")
         if self.pvla_words not in WORDS:

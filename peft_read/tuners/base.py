@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -23,6 +24,10 @@ from .offloading import bring_trained_modules, check_can_hold_adapters, check_we
 from .patterns import check_matching
 from .sharding import blocks_to_shard, embeddings_are_a_unit
 from .undo import undone_on_failure
+
+
+# What PEFT puts into `modules_to_save` for classifiers and for extractive question answering.
+HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -156,6 +161,7 @@ class AdapterTuner(BaseTuner):
         check_adapter_name(adapter_name)
         with undone_on_failure(model):
             check_matching(config, (name for name, _ in model.named_modules()))
+            self._check_trained_modules(model, config)
             self._check_tokens(model, config)
             is_first = not any(isinstance(module, self.tuner_layer_cls) for module in model.modules())
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -174,6 +180,18 @@ class AdapterTuner(BaseTuner):
 
     def _after_injection(self, model: nn.Module) -> None:
         """What a method does once its layers are in the model."""
+
+    @staticmethod
+    def _check_trained_modules(model: nn.Module, config: AdapterConfig) -> None:
+        """Say which names of modules to train stand for none, but for heads that PEFT adds by the task's type."""
+        for wanted in config.modules_to_save or ():
+            named = wanted in HEAD_NAMES or any(name.endswith(wanted) for name, _ in model.named_modules())
+            if not named:
+                warnings.warn(
+                    f"`modules_to_save` names {wanted!r}, which is no module of this {type(model).__name__}: it isn't "
+                    "trained.",
+                    stacklevel=2,
+                )
 
     @staticmethod
     def _check_tokens(model: nn.Module, config: AdapterConfig) -> None:

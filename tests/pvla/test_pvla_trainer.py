@@ -140,8 +140,8 @@ def test_mixed_precision(name, base, tmp_path):
 def test_resuming(share, tmp_path):
     """6 steps equal 3 and, from the checkpoint in a new Trainer, 3 more; a measured weight is kept meanwhile."""
     data = marked(24)
-    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "batch": 4, "pvla_gradient_share": share}
-    options |= {"save_strategy": "steps", "save_steps": 3, "pvla_weight": 0.7}
+    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "batch": 4, "save_strategy": "steps", "save_steps": 3}
+    options |= {"pvla_gradient_share": share} if share else {"pvla_weight": 0.7}
     whole = trained(TEXT, tmp_path / "whole", train=data, **options)
     second = trainer_of(TEXT, bert(), tmp_path / "resumed", train=data, **options)
     second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))

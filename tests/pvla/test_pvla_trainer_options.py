@@ -207,6 +207,8 @@ def test_refused_at_construction(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=option.removeprefix("pvla_").replace("iterations", "n_iter")):
             PvlaTrainingArguments(str(tmp_path), use_cpu=True, **{option: value})
+    with pytest.raises(ValueError, match=r"pvla_weight=0\.7 .*pvla_gradient_share=0\.1: give one of them"):
+        PvlaTrainingArguments(str(tmp_path), use_cpu=True, pvla_weight=0.7, pvla_gradient_share=0.1)
 
 
 def test_refused_in_training(tmp_path):

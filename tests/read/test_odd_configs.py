@@ -4,8 +4,8 @@ import time
 
 import pytest
 from helpers import adapted
-from models import base_model
-from peft import get_peft_model
+from models import base_model, classifier
+from peft import PeftModel, get_peft_model
 
 from peft_read import ReadConfig
 from peft_read.tuners.checks import MOST_NAMES
@@ -78,3 +78,18 @@ def test_a_refused_adapter_beside_another():
         model.add_adapter("second", ReadConfig(r=4, layers_to_transform=[9]))
     assert list(model.peft_config) == ["default"]
     assert not any(".second." in name for name, _ in model.named_parameters())
+
+
+def test_a_module_to_train_that_is_none_is_told(tmp_path):
+    """A mistyped head isn't trained, which no error would show; PEFT itself tells of other names."""
+    told = "`modules_to_save` names 'poler', which is no module of this BertModel: it isn't trained"
+    with pytest.warns(UserWarning, match=told):
+        model = get_peft_model(base_model("bert"), ReadConfig(r=4, modules_to_save=["pooler", "poler"]))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=told):
+        PeftModel.from_pretrained(base_model("bert"), tmp_path)
+
+
+def test_what_peft_adds_for_a_task_is_no_mistake():
+    """Names of heads, of which a model has one."""
+    get_peft_model(classifier(), ReadConfig(r=4, task_type="SEQ_CLS"))
