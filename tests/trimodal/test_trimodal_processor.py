@@ -194,7 +194,8 @@ def test_save_and_load(kind, tmp_path):
         assert (loaded.num_frames, loaded.frame_padding) == (3, "max_length")
         actual = loaded(videos=[path], audio="videos", text=["what is heard"])
         assert set(actual) == set(expected)
-        assert all(torch.equal(actual[name], value) for name, value in expected.items())
+        for name, value in expected.items():  # to rounding: with torchvision transformers loads its kind of processor
+            torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-6, msg=name)
     assert TrimodalProcessor.from_pretrained(tmp_path / "saved", num_frames=5).num_frames == 5
     with pytest.raises(OSError, match="no trimodal processor"):
         TrimodalProcessor.from_pretrained(tmp_path)
