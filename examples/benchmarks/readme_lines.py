@@ -7,6 +7,7 @@ Writes both pages, between their marks; a test keeps them true.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -124,6 +125,7 @@ def _best_peer(means: dict[str, float]) -> str:
 
 def main() -> None:
     """Write the pages."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 

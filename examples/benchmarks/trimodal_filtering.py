@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.embedded import digit_images, text_encoder_path
 from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer, logging, set_seed
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.embedded import digit_images, text_encoder_path
 from trimodal_qa import clips, towers
 
 from peft_read import FeatureTower, LsttaConfig, TrimodalForSequenceClassification
