@@ -19,7 +19,7 @@ from safetensors import safe_open
 import peft_read
 
 from ..trimodal.modeling import TrimodalModel
-from ..tuners.base import AdapterLayer
+from ..tuners.layer import AdapterLayer
 from .base import Base, base_of
 from .page import Page, listed
 

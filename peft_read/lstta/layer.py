@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
 from ..lockstep.coroutines import count_call, current_tower, meet
-from ..tuners.base import AdapterLayer
+from ..tuners.layer import AdapterLayer
 from .adapter import LsttaAdapter
 from .config import LsttaConfig
 from .exchange import Offer

@@ -22,7 +22,7 @@ from ..recurrence.cells import State
 from ..recurrence.module import Recurrence
 from ..recurrence.packed import packed_states, unpack_state
 from ..tracing import is_tracing
-from ..tuners.base import AdapterLayer
+from ..tuners.layer import AdapterLayer
 from .config import ReadConfig
 
 

@@ -12,9 +12,9 @@ from peft.utils.save_and_load import load_peft_weights
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from .base import AdapterLayer
 from .fitting import PEFT_PREFIX, UNRELATED, differing_fields
 from .inner import check_inner_adapters_are_there, inner_adapters_loaded, inner_adapters_reloaded
+from .layer import AdapterLayer
 from .offloading import as_it_is_dispatched
 from .overrides import override
 from .undo import undone_on_failure
