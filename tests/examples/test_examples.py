@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,10 @@ import finetune_video
 import numpy as np
 import pytest
 import torch
-from accelerate.utils.launch import prepare_multi_gpu_env
 from common.annotations import decode_clips
 from common.embedded import WORDS, digit_images
 from common.saved import check_saved_adapter
-from devices import free_port, join, launch_arguments
-from fresh import run_ranks
+from devices import free_port
 from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTImageProcessorPil, ViTModel
 from video_grounding import ordered_digits
 from video_grounding.annotations import Annotation, read_annotations, read_captions
@@ -312,27 +309,32 @@ def test_a_users_own_data_and_models(method, tmp_path, tiny_models, monkeypatch,
     assert set(results) == {method, "head"}
 
 
-def machine(rank, port, arguments, folder):
-    """The script as torchrun starts it on one of two machines of one device each, by what Accelerate tells it."""
-    os.environ |= prepare_multi_gpu_env(
-        launch_arguments("ddp", "--num_machines", "2", "--main_process_ip", "127.0.0.1")
-    )
-    join(rank, port)
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank), "GROUP_WORLD_SIZE": "2"}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "ROLE_RANK": str(rank)}
-    os.environ["PYTHONPATH"] = str(SCRIPT.parents[1])  # of the process that loads the adapter again
-    sys.argv = list(map(str, arguments))
-    with (folder / f"printed by {rank}").open("w") as sys.stdout:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-
 def test_two_machines(tmp_path, tiny_models):
-    """Two machines that meet at one address train together; one of them writes, prints and checks the adapter."""
+    """Two launches that meet at one address train together; one of them writes, prints and checks the adapter."""
     data = write_data(tmp_path / "data")
     script = [SCRIPT, "--data", data, "--model", tiny_models / "text", "--frame-encoder", tiny_models / "vision"]
     script += ["--output", tmp_path / "out", "--steps", 2, "--pvla-weight", 0.1]
-    run_ranks(machine, free_port(), script, tmp_path)
-    printed = "".join((tmp_path / f"printed by {rank}").read_text() for rank in range(2))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", SCRIPT.parent / "accelerate" / "ddp.yaml"]
+    launch += ["--num_machines", 2, "--num_processes", 2]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port(), "--machine_rank"]
+    environment = os.environ | {
+        "PYTHONPATH": str(SCRIPT.parents[1]),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    machines = [
+        subprocess.Popen(
+            [sys.executable, *map(str, [*launch, rank, *script])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    done = [machine.communicate() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], [stderr for _, stderr in done]
+    printed = "".join(stdout for stdout, _ in done)
     for once in ("read: ", "test mAP  hit@1", "Loaded again in a new process: test mAP"):
         assert printed.count(once) == 1
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()

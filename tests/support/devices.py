@@ -50,7 +50,7 @@ from peft_read import (
 
 
 CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
-STEPS, EPOCH = 16, 7  # steps of a run, and of an epoch
+STEPS, EPOCH = 20, 7  # steps of a run, and of an epoch
 # Of 8 examples, in two accumulated batches.
 OPTIONS = {
     "max_steps": STEPS,
