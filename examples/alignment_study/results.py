@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .rows import ALONE, CELLS, MORE_CELLS, MORE_ROWS, OPTIONS, ROWS, STEPS, TUNING_SEEDS, Run
+from .rows import ALONE, CELLS, OPTIONS, ROWS, STEPS, TUNING_SEEDS, Run
 
 
 class Results:
@@ -34,8 +34,11 @@ class Results:
 
 
 def chosen_options(results: Results, row: str) -> tuple[float, float]:
-    """Weight and rate that did best on validation, by the mean over the seeds on which the most of them were tried."""
-    row = (ROWS | MORE_ROWS)[row].like or row
+    """Weight and rate: the best on validation, by the mean over the seeds on which the most of them were tried."""
+    like = ROWS[row].like
+    if isinstance(like, tuple):
+        return like
+    row = like or row
     tried: dict[tuple[float, float], list[float]] = {OPTIONS[0]: []}
     for entry in results.of(row=row):
         if entry["seed"] >= TUNING_SEEDS[0]:
@@ -56,8 +59,8 @@ def print_table(results: Results) -> None:
         "matching",
     ]
     print("\n" + " | ".join(["", *columns, ""]).strip(), "|---" * len(columns) + "|", sep="\n")
-    for task, labels in [*CELLS, *MORE_CELLS]:
-        found = {name: by_seed(results, task, labels, name) for name in ROWS | MORE_ROWS}
+    for task, labels in CELLS:
+        found = {name: by_seed(results, task, labels, name) for name in ROWS}
         for name, entries in found.items():
             if not entries:
                 continue
@@ -68,7 +71,7 @@ def print_table(results: Results) -> None:
             weight, rate = chosen_options(results, name)
             cells = [
                 f"{task}, {labels}",
-                f"{name} ({rate:g})" if (ROWS | MORE_ROWS)[name].pvla is None else f"{name} ({weight:g}; {rate:g})",
+                f"{name} ({rate:g})" if ROWS[name].pvla is None else f"{name} ({weight:g}; {rate:g})",
                 str(len(entries)),
                 mean_and_spread([e["test mAP"] for e in entries.values()]),
                 mean_and_spread(differences, "+") if differences else "",
@@ -81,7 +84,7 @@ def print_table(results: Results) -> None:
 def by_seed(results: Results, task: str, labels: int, name: str) -> dict[int, dict[str, Any]]:
     """A row's results with the weight and the rate that were chosen for it."""
     weight, rate = chosen_options(results, name)
-    steps = STEPS[task] * (ROWS | MORE_ROWS)[name].longer
+    steps = STEPS[task] * ROWS[name].longer
     entries = results.of(task=task, labels=labels, row=name, weight=weight, rate=rate, steps=steps)
     return {entry["seed"]: entry for entry in entries if entry["seed"] < TUNING_SEEDS[0]}
 

@@ -9,7 +9,7 @@ from typing import Any
 RATE = 3e-3  # of READ and the head
 STEPS = {"plain": 200, "second": 400}
 POOL = 300  # labelled videos, of which a seed takes some
-SEEDS, TUNING_SEEDS = range(200, 208), range(900, 902)
+SEEDS, TUNING_SEEDS = range(200, 210), range(900, 902)
 # PVLA's weight and the projection's rate: all that is tried on validation videos.
 OPTIONS = ((3.0, 3e-3), (1.0, 3e-3), (10.0, 3e-3), (3.0, 1e-3), (3.0, 1e-2))
 TUNED_ON = ("plain", 25)
@@ -28,8 +28,9 @@ class Row:
         pooled: whether the means of frames and words are compared.
         stages: 1; 2: pairs first, on their own, then the labels, with the projection frozen; 0: pairs alone.
         ridge: whether the projection is the regression onto words by the labels of single frames, and frozen.
-        like: the row of which it has weight and rate, as its control; None: its own.
+        like: the row of which it has weight and rate, or these themselves; None: they are chosen for it on validation.
         longer: how many times the steps of the others.
+        seeds: how many of `SEEDS`.
     """
 
     pvla: dict[str, Any] | None = field(default_factory=dict)
@@ -39,8 +40,9 @@ class Row:
     pooled: bool = False
     stages: int = 1
     ridge: bool = False
-    like: str | None = None
+    like: str | tuple[float, float] | None = None
     longer: int = 1
+    seeds: int = 8
 
 
 ALONE, CONTRASTIVE, PAPER = "READ alone", "contrastive .5, 400 pairs", "partial .5 (the paper's form), labelled videos"
@@ -48,17 +50,18 @@ COSINE, INFO_NCE = "mean cosine, 400 pairs", "mean InfoNCE, 400 pairs"
 NEGATIVES = {"pvla_negatives": True}
 # What tells most, in this order.
 ROWS: dict[str, Row] = {
-    ALONE: Row(None),
+    ALONE: Row(None, seeds=10),
     CONTRASTIVE: Row(NEGATIVES, 400),
-    PAPER: Row(),
+    PAPER: Row(seeds=10),
     "contrastive .5, 400 pairs, captions of other videos": Row(NEGATIVES, 400, others=True, like=CONTRASTIVE),
     INFO_NCE: Row(NEGATIVES, 400, pooled=True),
     COSINE: Row(pairs=400, pooled=True),
     "full, labelled videos": Row({"pvla_mass": 1.0}),
     "ridge map on frame labels (upper bound)": Row(None, ridge=True, like=ALONE),
-    "READ alone, three times the steps": Row(None, like=ALONE, longer=3),
-}
-MORE_ROWS: dict[str, Row] = {
+    "READ alone, three times the steps": Row(None, like=ALONE, longer=3, seeds=10),
+    "partial .5 (the paper's form), labelled videos, options not chosen": Row(like=OPTIONS[0], seeds=10),
+    "contrastive .5, 400 pairs, no labels: matching by cosine": Row(NEGATIVES, 400, stages=0, like=CONTRASTIVE),
+    "contrastive .5, 400 pairs, two stages": Row(NEGATIVES, 400, stages=2, like=CONTRASTIVE),
     "contrastive .5, labelled videos": Row(NEGATIVES),
     "partial .5, 400 pairs": Row(pairs=400),
     "partial .5, 400 pairs, captions of other videos": Row(pairs=400, others=True, like="partial .5, 400 pairs"),
@@ -70,12 +73,18 @@ MORE_ROWS: dict[str, Row] = {
     "mean cosine, labelled videos": Row(pooled=True),
     "mean InfoNCE, 400 pairs, captions of other videos": Row(NEGATIVES, 400, pooled=True, others=True, like=INFO_NCE),
     "mean cosine, 400 pairs, captions of other videos": Row(pairs=400, pooled=True, others=True, like=COSINE),
-    "contrastive .5, 400 pairs, two stages": Row(NEGATIVES, 400, stages=2, like=CONTRASTIVE),
-    "contrastive .5, 400 pairs, no labels: matching by cosine": Row(NEGATIVES, 400, stages=0, like=CONTRASTIVE),
 }
-# Tasks and numbers of labels in the order of what tells most, and how many of the rows they have by default.
-CELLS = {("plain", 25): 9, ("second", 100): 5, ("plain", 50): 3, ("plain", 10): 3}
-MORE_CELLS = (("plain", 100), ("second", 50), ("second", 25), ("second", 10))
+# Tasks and numbers of labels in the order of what tells most, and how many of the rows they have.
+CELLS = {
+    ("plain", 25): len(ROWS),
+    ("second", 100): len(ROWS),
+    ("plain", 50): 10,
+    ("plain", 10): 10,
+    ("plain", 100): 10,
+    ("second", 50): 5,
+    ("second", 25): 5,
+    ("second", 10): 5,
+}
 
 
 @dataclass(frozen=True)

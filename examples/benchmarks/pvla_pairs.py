@@ -8,10 +8,9 @@ and each clip a label. Pairs are other videos, with captions and no labels. All 
 stage unless said otherwise. A seed chooses the labelled videos, the initialisation and all orders; differences are
 paired by seed.
 
-It says first how long it will take, runs what tells most before the rest, writes each result as it comes to a file of
-JSON, and goes on there when it is started again. `--minutes` stops it in time; `--table` prints what there is;
-`--tune`, which comes first, chooses weights and rates on validation videos, with seeds of its own; `--everything` adds
-all other rows and cells.
+It says first how long it will take, writes each result as it comes to a file of JSON, and goes on there when it is
+started again. First come the runs on validation videos, with seeds of their own, by which weights and rates are
+chosen; then what tells most before the rest. `--minutes` stops it in time; `--table` prints what there is.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ sys.path.insert(0, str(EXAMPLES))
 from alignment_study.results import Results, chosen_options, print_table  # noqa: E402
 from alignment_study.rows import (  # noqa: E402
     CELLS,
-    MORE_CELLS,
-    MORE_ROWS,
     OPTIONS,
     PLANS_LOOKED_AT,
     POOL,
@@ -86,21 +83,17 @@ def main() -> None:
     args = parse_arguments()
     results = Results(args.results)
     if not args.table:
-        runs = [run for run in planned(args, results) if not results.of(**asdict(run))]
-        print_budget(runs, results)
-        if runs:
-            run_all(args, runs, results)
+        print_budget([*left(tuning(args), results), *left(planned(args, results), results)], results)
+        run_all(args, results)
     print_table(results)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds")
-    parser.add_argument("--everything", action="store_true", help="all rows in all cells")
-    parser.add_argument("--rows", help="only rows whose names match this regular expression, of all there are")
-    parser.add_argument("--cells", nargs="+", help="only these, of all there are, such as plain-25")
-    parser.add_argument("--tune", action="store_true", help="choose weights and rates on validation videos")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS, help="only these")
+    parser.add_argument("--rows", default="", help="only rows whose names match this regular expression")
+    parser.add_argument("--cells", nargs="+", help="only these, such as plain-25")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after the run at which these are over"
     )
@@ -111,22 +104,28 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def tuning(args: argparse.Namespace) -> Iterable[Run]:
+    """The runs by which weights and rates are chosen for the rows of the table, seed by seed."""
+    wanted = {row.like or name for name, row in ROWS.items() if re.search(args.rows, name)}
+    names = [name for name in ROWS if name in wanted]
+    for seed, (weight, rate), name in itertools.product(TUNING_SEEDS, OPTIONS, names):
+        if ROWS[name].pvla is not None or weight == OPTIONS[0][0]:
+            yield Run(*TUNED_ON, name, seed, weight, rate, STEPS[TUNED_ON[0]])
+
+
 def planned(args: argparse.Namespace, results: Results) -> Iterable[Run]:
-    """All runs, in order: cell by cell, and there seed by seed."""
-    every = args.everything or args.rows is not None
-    rows = {name: row for name, row in (ROWS | MORE_ROWS).items() if re.search(args.rows or "", name)}
-    if args.tune:
-        names = [name for name, row in rows.items() if row.like is None and (every or name in ROWS)]
-        for seed, (weight, rate), name in itertools.product(args.seeds or TUNING_SEEDS, OPTIONS, names):
-            if rows[name].pvla is not None or weight == OPTIONS[0][0]:
-                yield Run(*TUNED_ON, name, seed, weight, rate, STEPS[TUNED_ON[0]])
-        return
-    cells = [*CELLS, *(MORE_CELLS if args.everything or args.cells else ())]
-    for (task, labels), seed in itertools.product(cells, args.seeds or SEEDS):
+    """The runs of the table, in order: cell by cell, and there seed by seed."""
+    for ((task, labels), count), seed in itertools.product(CELLS.items(), args.seeds):
         if args.cells and f"{task}-{labels}" not in args.cells:
             continue
-        for name in rows if every else list(ROWS)[: CELLS.get((task, labels))]:
-            yield Run(task, labels, name, seed, *chosen_options(results, name), STEPS[task] * rows[name].longer)
+        for name, row in list(ROWS.items())[:count]:
+            if re.search(args.rows, name) and seed in SEEDS[: row.seeds]:
+                yield Run(task, labels, name, seed, *chosen_options(results, name), STEPS[task] * row.longer)
+
+
+def left(runs: Iterable[Run], results: Results) -> list[Run]:
+    """Those that aren't done."""
+    return [run for run in runs if not results.of(**asdict(run))]
 
 
 def print_budget(runs: Sequence[Run], results: Results) -> None:
@@ -137,20 +136,24 @@ def print_budget(runs: Sequence[Run], results: Results) -> None:
     print(f"{len(runs)} runs to do, {seconds / 3600:.1f} CPU hours {basis}; making the data comes first.", flush=True)
 
 
-def run_all(args: argparse.Namespace, runs: Sequence[Run], results: Results) -> None:
-    """Do the runs, until the time is over."""
+def run_all(args: argparse.Namespace, results: Results) -> None:
+    """Do what is left, until the time is over."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     until = time.monotonic() + 60 * args.minutes
-    materials = make_materials(args.cache)
-    for number, run in enumerate(runs, start=1):
-        if time.monotonic() > until:
-            print(f"Time is over: {len(runs) - number + 1} runs are left.")
-            return
-        found = do(run, (ROWS | MORE_ROWS)[run.row], materials)
-        results.add(run, found)
-        shown = ", ".join(f"{name} {found[name]}" for name in found if name.endswith(" mAP") or name == "CPU seconds")
-        print(f"{number}/{len(runs)} {run.task} {run.labels} seed {run.seed}, {run.row}: {shown}", flush=True)
+    materials: Materials | None = None
+    for plan in (lambda: tuning(args), lambda: planned(args, results)):
+        runs = left(plan(), results)
+        for number, run in enumerate(runs, start=1):
+            if time.monotonic() > until:
+                print(f"Time is over: {len(runs) - number + 1} of these runs are left.")
+                return
+            materials = materials or make_materials(args.cache)
+            found = do(run, ROWS[run.row], materials)
+            results.add(run, found)
+            shown = [f"{name} {found[name]}" for name in found if name.endswith(" mAP") or name == "CPU seconds"]
+            done = f"{number}/{len(runs)} {run.task} {run.labels} seed {run.seed}, {run.row}"
+            print(f"{done}: {', '.join(shown)}", flush=True)
 
 
 def make_materials(cache: Path) -> Materials:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from alignment_study.results import Results, chosen_options, print_table
-from alignment_study.rows import ALONE, CELLS, CONTRASTIVE, MORE_ROWS, PAPER, ROWS, SEEDS, Row, Run
+from alignment_study.rows import ALONE, CELLS, CONTRASTIVE, OPTIONS, PAPER, ROWS, SEEDS, TUNING_SEEDS, Row, Run
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -31,9 +31,9 @@ def tuned(path, *entries):
     return results
 
 
-def plan(script, monkeypatch, results, *arguments):
+def arguments_of(script, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["pvla_pairs.py", *arguments])
-    return list(script.planned(script.parse_arguments(), results))
+    return script.parse_arguments()
 
 
 def test_weight_and_rate_are_what_did_best_on_validation(tmp_path):
@@ -51,29 +51,43 @@ def test_weight_and_rate_are_what_did_best_on_validation(tmp_path):
 def test_what_is_planned(script, monkeypatch, tmp_path):
     """All that the pages speak of, once, what tells most first; of READ alone only the rate is tuned."""
     results = tuned(tmp_path / "results.json", (CONTRASTIVE, 900, 10.0, 3e-3, 99))
-    runs = plan(script, monkeypatch, results)
-    assert len(runs) == len(set(runs)) == len(SEEDS) * sum(CELLS.values()) == 160
+    args = arguments_of(script, monkeypatch)
+    runs = list(script.planned(args, results))
+    assert len(runs) == len(set(runs))
+    of_cell = {cell: [run for run in runs if (run.task, run.labels) == cell] for cell in CELLS}
+    assert {run.row for run in of_cell["plain", 25]} == {run.row for run in of_cell["second", 100]} == set(ROWS)
+    for cell, rows in CELLS.items():
+        assert len(of_cell[cell]) == sum(row.seeds for row in list(ROWS.values())[:rows])
     assert [(run.task, run.labels, run.row) for run in runs[:2]] == [("plain", 25, ALONE), ("plain", 25, CONTRASTIVE)]
     assert {run.weight for run in runs if run.row in (CONTRASTIVE, OTHERS)} == {10.0}
-    assert {run.steps for run in runs} == {200, 400, 600}
-    assert len(set(plan(script, monkeypatch, results, "--everything"))) == len(SEEDS) * len(ROWS | MORE_ROWS) * 8
-    tuning = plan(script, monkeypatch, results, "--tune")
+    assert {(run.weight, run.rate) for run in runs if "not chosen" in run.row} == {OPTIONS[0]}
+    assert {run.steps for run in runs} == {200, 400, 600, 1200}
+    tuning = list(script.tuning(args))
     assert sum(run.row == ALONE for run in tuning) == 2 * 3
-    assert not any(run.row == OTHERS for run in tuning)
-    assert not {run.seed for run in tuning} & set(SEEDS)
-    assert {run.row for run in plan(script, monkeypatch, results, "--rows", "InfoNCE", "--cells", "second-10")} == {
-        name for name in ROWS | MORE_ROWS if "InfoNCE" in name
-    }
+    assert {run.row for run in tuning} == {name for name, row in ROWS.items() if row.like is None}
+    assert {run.seed for run in tuning} == set(TUNING_SEEDS)
+    assert not set(TUNING_SEEDS) & set(SEEDS)
+    args = arguments_of(script, monkeypatch, "--rows", "captions of other", "--cells", "second-10", "--seeds", "203")
+    assert [(run.row, run.seed) for run in script.planned(args, results)] == [(OTHERS, 203)]
+    assert CONTRASTIVE in {run.row for run in script.tuning(args)}
 
 
 def test_it_goes_on_where_it_was_cut(script, monkeypatch, tmp_path, capsys):
-    """What is in the file isn't run again; the table pairs differences by seed."""
+    """What is in the file isn't run again, weights come first; the table pairs differences by seed."""
     path = tmp_path / "results.json"
+    options = [(CONTRASTIVE, seed, *option, 50) for seed in TUNING_SEEDS for option in OPTIONS]
+    options += [(ALONE, *entry[1:]) for entry in options if entry[2] == OPTIONS[0][0]]
+    before = len(tuned(path, *options[1:]).entries)
     scores = {(ALONE, 200): 60.0, (CONTRASTIVE, 200): 70.0, (ALONE, 201): 50.0, (CONTRASTIVE, 201): 64.0}
     done = []
 
     def do(run, row, materials):
-        if len(done) == 3:
+        if not done:
+            assert run == Run("plain", 25, CONTRASTIVE, 900, *OPTIONS[0], 200)
+        if run.seed in TUNING_SEEDS:
+            done.append(run)
+            return {"validation mAP": 60.0, "CPU seconds": 1.0}
+        if len(done) == 4:
             raise KeyboardInterrupt
         done.append(run)
         return {"test mAP": scores[run.row, run.seed], "mAP of matching by cosine": 90.0, "CPU seconds": 1.0}
@@ -86,11 +100,11 @@ def test_it_goes_on_where_it_was_cut(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["pvla_pairs.py", *arguments])
     with pytest.raises(KeyboardInterrupt):
         script.main()
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = json.loads(path.read_text(encoding="utf-8"))[before:]
     assert all(asdict(run).items() <= entry.items() for run, entry in zip(done, kept, strict=True))
-    done.clear()
+    del done[1:]
     script.main()
-    assert [(run.row, run.seed) for run in done] == [(CONTRASTIVE, 201)]
+    assert [(run.row, run.seed) for run in done[1:]] == [(CONTRASTIVE, 201)]
     print_table(Results(path))
     assert "| +12.0 ± 2.8 | +10.0, +14.0 | 90.0 ± 0.0 |" in capsys.readouterr().out
 
