@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import PvlaArguments
+from .contrast import same_states
 from .gradient_share import GradientShare
 from .loss import PvlaDetails, PvlaLoss
 from .pairs import PairBatches
@@ -117,7 +119,7 @@ class Alignment:
         """What the loss finds in the states of a batch, beside those of all other devices.
 
         Raises:
-            ValueError: if there are negatives to compare with and the states have met.
+            ValueError: if there are negatives to compare with and the states have met, or the ids of words don't fit.
         """
         if self.loss.negatives and states.met:
             raise ValueError(
@@ -129,7 +131,28 @@ class Alignment:
         if not self.loss.negatives:
             return Aligned(states, self.loss.details(*states[:4]))
         tokens = self.source.words(batch)  # which tell equal sentences under dropout, too
+        if states.word_ids is not None:
+            given, words = tuple(states.word_ids.shape), tuple(states.words.shape[:2])
+            if given != words:
+                raise ValueError(f"word_ids has shape {given}; the words have {words}.")
+            tokens = states.word_ids, states.word_mask
         return Aligned(states, self.loss.details(*states[:4], across_devices=True, tokens=tokens))
+
+    def warn_of_twins(self, states: VideoTextStates, batch: Batch) -> None:
+        """Warn where samples of the same text have words of other states, and count as each other's negatives."""
+        ids = batch.get("input_ids")
+        told = states.word_ids is not None or self.source.words(batch) is not None
+        if not self.loss.negatives or told or ids is None or len(ids) != len(states.words):
+            return
+        words, mask = states.words, states.word_mask
+        mask = torch.ones_like(words[..., 0]) if mask is None else mask
+        if ((ids[:, None] == ids).all(-1) & ~same_states(words, mask, words, mask)).any():
+            warnings.warn(
+                "Samples with the same `input_ids` have words of different states, as behind dropout, and are each "
+                "other's negatives. If they say the same, let the function give VideoTextStates(..., word_ids=...).",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 @contextmanager

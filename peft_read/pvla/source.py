@@ -28,6 +28,8 @@ class VideoTextStates(NamedTuple):
         word_mask: `(batch, words)`, which words count, as a mask or as weights, see [`PvlaLoss`]; None: all do.
         met: whether frames and words may have seen each other, as they have in the blocks of one sequence. Then other
             samples' words are no test of what was learnt: they carry their own video along.
+        word_ids: `(batch, words)`, ids by which sentences that say the same are told, and aren't each other's
+            negatives; None: the states tell them, which dropout makes different.
     """
 
     video: Tensor
@@ -35,6 +37,7 @@ class VideoTextStates(NamedTuple):
     frame_mask: Tensor | None = None
     word_mask: Tensor | None = None
     met: bool = True
+    word_ids: Tensor | None = None
 
 
 StateFunction: TypeAlias = Callable[[nn.Module, Batch, Any], VideoTextStates]

@@ -259,6 +259,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
                 self.state.log_history.append({"pvla_weight": pvla.weight, "step": step})
         if check:
             pvla.checked_at = step
+            pvla.warn_of_twins(aligned.states, batch)
             with torch.no_grad(), rng_kept(self.args.device):
                 can_run = not (pvla.source.met and self._is_sharded())
                 mismatched = pvla.source.mismatched(aligned.states, batch) if can_run else None

@@ -1,7 +1,10 @@
 """States as they enter the blocks: projected video tokens against words, in every kind of model; what is refused."""
 
+import warnings
+
 import pytest
 import torch
+import torch.nn.functional as F
 from alignment import CASES, Case, step_by_hand, steps_logged, trainer_of, weights
 from alignment_batches import generated, marked, pictured
 from alignment_inputs import MODELS, Tokens, grounding, of_grounding, watched
@@ -94,6 +97,34 @@ def test_negatives_of_a_function_are_refused_unless_it_says_that_they_have_not_m
     trainer = make(False)
     trainer.train()
     assert "pvla_gap" in steps_logged(trainer)[0]
+
+
+def test_a_function_says_which_sentences_are_the_same(tmp_path):
+    """Behind dropout states don't tell: a warning says what to give, and what says the same is no negative."""
+
+    def read(ids):
+        def states(model, batch, outputs):
+            embedded = F.dropout(model.get_input_embeddings()(batch["input_ids"]), 0.5)
+            words = batch["input_ids"][:, 3 : 3 + ids] if ids else None
+            return VideoTextStates(embedded[:, :3], embedded[:, 3:], met=False, word_ids=words)
+
+        return states
+
+    def log(ids=None):
+        case = MODELS["trained embeddings"]
+        own = Case(case.model, lambda: [case.data()[0]] * 4, None, arguments={"pvla_states": read(ids)})
+        trainer = trainer_of(own, own.model(), tmp_path, pvla_negatives=True, pvla_health_steps=1)
+        trainer.train()
+        return steps_logged(trainer)[0]
+
+    with pytest.warns(UserWarning, match=r"same `input_ids`.*negatives.*word_ids"):
+        assert log()["pvla_loss"] > 0.1
+    words = len(MODELS["trained embeddings"].data()[0]["input_ids"]) - 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert log(words)["pvla_loss"] == 0
+    with pytest.raises(ValueError, match=r"word_ids has shape \(4, 1\); the words have"):
+        log(1)
 
 
 @pytest.mark.parametrize("name", ["own model", "llava", "towers"])
