@@ -27,10 +27,10 @@ MET = (
 )
 
 
-def check_batch(size: int, processes: int, option: str) -> None:
-    """Raise a `ValueError` that names the option if a batch of this size on each process has no negatives."""
+def check_batch(size: int, processes: int, mend: str) -> None:
+    """Raise a `ValueError` that says what mends it if a batch of this size on each process has no negatives."""
     if size * processes < 2:
-        raise ValueError(f"pvla_negatives compares the samples of a batch, and a batch has one: raise {option}.")
+        raise ValueError(f"pvla_negatives compares the samples of a batch, and a batch has one: {mend}.")
 
 
 @dataclass

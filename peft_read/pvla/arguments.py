@@ -60,9 +60,9 @@ class PvlaArguments:
     pvla_words: Literal["all", "answer", "prompt"] = field(
         default="all",
         metadata={
-            "help": "Which text tokens are words: all, those with a label ('answer'), or those without ('prompt'). "
-            "Special tokens and what a chat template puts behind them never are; a collator's 'text_token_mask' says "
-            "more."
+            "help": "Which text tokens of a sequence are words: all, those with a label ('answer'), or those without "
+            "('prompt'). Special tokens and what a chat template puts behind them never are; a collator's "
+            "'text_token_mask' says more. Of a dual encoder's texts all valid tokens are."
         },
     )
     pvla_pool_frames: bool = field(

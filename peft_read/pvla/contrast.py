@@ -34,7 +34,7 @@ def contrastive_losses(
         own_video: `(batch, all)`, the distance of each own video to every sentence.
         own_words: `(batch, all)`, the distance of each own sentence to every video.
         valid: `(all,)`, samples that have a frame and a word; the others are no negatives and have a loss of 0.
-        same: `(batch, all)`, sentences that say the same as the own one: no negatives either.
+        same: `(batch, all)`, samples of the same sentence or video as the own one: no negatives either.
         temperature: of the softmax, in the unit of the distances.
         first: where the own samples begin among all.
     """
@@ -92,6 +92,23 @@ def same_states(words: Tensor, word_mask: Tensor, own: Tensor, own_mask: Tensor)
         as_often = among_all.sum(-1) == among_own.sum(-1, keepdim=True)
         rows.append((as_often | ~valid[:, None]).all(0) & (counts.sum(1) == valid.sum()))
     return torch.stack(rows)
+
+
+def same_videos(video: Tensor, frame_mask: Tensor, own: slice) -> Tensor:
+    """Which videos have the same states, frame by frame: `(own, all)`, bool.
+
+    Told by the sum of the states, each times its place, so as not to compare all pairs of frames.
+
+    Args:
+        video: `(all, frames, dim)`.
+        frame_mask: `(all, frames)`, true where a frame is valid.
+        own: those to compare.
+    """
+    places = frame_mask.cumsum(1) * frame_mask
+    sums = torch.einsum("bfd,bf->bd", video.detach(), places.to(video.dtype))
+    mean = sums.mean(0)
+    counts = frame_mask.sum(1)
+    return _near(sums[own] - mean, sums - mean, 1e-6 * mean.norm()) & (counts[own, None] == counts)
 
 
 def _near(some: Tensor, others: Tensor, rounding: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter])
     """
     norms = []
     for loss in losses:
-        if not loss.requires_grad:
+        if not loss.requires_grad or not parameters:
             return None
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         sizes = [g.float().norm() for g in gradients if g is not None]

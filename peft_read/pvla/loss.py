@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..precision import without_autocast
-from .contrast import contrastive_losses, gathered_over_devices, same_keys, same_states, sentence_keys
+from .contrast import (
+    contrastive_losses,
+    gathered_over_devices,
+    same_keys,
+    same_states,
+    same_videos,
+    sentence_keys,
+)
 from .transport import capacities, partial_transport
 
 
@@ -61,8 +68,9 @@ class PvlaLoss(nn.Module):
             states.
         marginals: `"unit"` or `"uniform"`, see [`partial_transport`].
         negatives: whether the batch's other samples are negatives. A batch of `n` is then a problem of `n * n` pairs.
-            Sentences made of the same words aren't each other's negatives. By themselves, words are the same where
-            their states are, as those of a table of embeddings; behind dropout they need their ids, see `details`.
+            Sentences made of the same words aren't each other's negatives, nor are those of the same video. By
+            themselves, words and videos are the same where their states are, as those of a table of embeddings; behind
+            dropout words need their ids, see `details`, and a batch should have one sentence of each video.
         temperature: of the contrast, in the unit of the distances.
 
     Raises:
@@ -201,6 +209,7 @@ class PvlaLoss(nn.Module):
         if tokens is None or (everything > batch and not known.all()):
             by_states = same_states(all_words, all_words_count, words, words_count)
             same = torch.where(known[first : first + batch, None] & known, same, by_states)
+        same = same | same_videos(all_video, all_frames_count, slice(first, first + batch))
         all_valid = all_frames_count.any(1) & (all_words_count > 0).any(1)
         loss, compared = contrastive_losses(by_video, by_words, all_valid, same, self.temperature, first)
         plan = plan[:, :, : words.shape[1]]  # other devices' sentences may be longer
@@ -285,6 +294,10 @@ def _check(video: Tensor, words: Tensor, frame_mask: Tensor | None, word_mask: T
         )
     if word_mask is not None and word_mask.shape != words.shape[:2]:
         raise ValueError(f"word_mask has shape {tuple(word_mask.shape)}; the words have {tuple(words.shape[:2])}.")
-    weighted = word_mask is not None and word_mask.is_floating_point() and word_mask.device.type == "cpu"
-    if weighted and word_mask is not None and not ((word_mask >= 0) & word_mask.isfinite()).all():
-        raise ValueError("word_mask has negative, infinite or NaN weights; expected 0 or more for each word.")
+    if word_mask is None or word_mask.device.type != "cpu" or word_mask.dtype == torch.bool:
+        return
+    if word_mask.is_floating_point():
+        if not ((word_mask >= 0) & word_mask.isfinite()).all():
+            raise ValueError("word_mask has negative, infinite or NaN weights; expected 0 or more for each word.")
+    elif not ((word_mask == 0) | (word_mask == 1)).all():
+        raise ValueError("word_mask has integers other than 0 and 1: give weights as floating-point numbers.")

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ..architectures.targets import owner_of, takes_text
 from ..read.layer import ReadLayer
+from .contrast import sentence_keys
 from .frames import frame_numbers, pooled_by_frame
-from .source import Batch, StateSource, VideoTextStates, without_token_masks
+from .source import Batch, StateSource, VideoTextStates, masks_taken, without_token_masks
 from .tokens import TokenMasks, gathered
 from .trained import modules_that_project, reaches_trained
 
@@ -56,12 +57,22 @@ class SequenceStates(StateSource):
         self.pools_frames = False
         self.recorded: dict[str, Tensor] = {}
         self.embeddings = _embeddings(self.tower)
+        self._looked_up: Tensor | None = None  # what the embeddings gave last
+        self._ids_lead: bool | None = None  # whether longer sequences begin with `input_ids`; None: not seen yet
         self._with_grad = False
         self._stops = False  # whether the forward ends once all has been recorded
 
-    @abstractmethod
     def listen(self) -> list[RemovableHandle]:
         """Put hooks on the model that record."""
+        return [] if self.embeddings is None else [self.embeddings.register_forward_hook(self._embed)]
+
+    def _embed(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.counts():
+            self._looked_up = output
+
+    @abstractmethod
+    def entered(self) -> Tensor | None:
+        """The sequence that the tower was given, if it is known."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -74,13 +85,14 @@ class SequenceStates(StateSource):
             for handle in handles:
                 handle.remove()
             self.recorded.clear()
+            self._looked_up = None
 
     def run(self, model: nn.Module, batch: Batch) -> None:
         """Run the model until all that is wanted has been recorded: no further block, no head."""
         self._stops = True
         try:
             with suppress(_Stopped):
-                model(**without_token_masks(batch))
+                model(**without_token_masks(batch, masks_taken(model)))
         finally:
             self._stops = False
 
@@ -100,14 +112,21 @@ class SequenceStates(StateSource):
         return self.blocks * (video.any(1) & (text > 0).any(1)).sum()
 
     def words(self, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
-        """The words among `input_ids`; None if text lies elsewhere, too."""
+        """The words among `input_ids`; None if text lies elsewhere, too, or it isn't known where."""
         ids = batch.get("input_ids")
         if ids is None:
             return None
         video, text = self.masks(batch)
-        if ids.shape != text.shape:  # else the model has to put frames behind the words, not before or among them
+        if ids.shape != text.shape:  # else the model has to put frames behind the words, and nothing before them
             length = ids.shape[-1]
             if ids.ndim != 2 or text.shape[1] < length or video[:, :length].any() or text[:, length:].any():
+                return None
+            if self._ids_lead is None:
+                entered, looked_up = self.entered(), self._looked_up
+                if entered is None or looked_up is None or looked_up.shape[:2] != ids.shape:
+                    return None
+                self._ids_lead = torch.equal(entered[:, :length], looked_up.to(entered.dtype))
+            if not self._ids_lead:
                 return None
         return ids, text[:, : ids.shape[1]]
 
@@ -169,7 +188,8 @@ class BlockStates(SequenceStates):
 
     def listen(self) -> list[RemovableHandle]:
         """Record what the listened modules return, and what the tower is given."""
-        handles = [m.register_forward_hook(partial(self._keep_output, n)) for n, m in self.listened.items()]
+        handles = super().listen()
+        handles += [m.register_forward_hook(partial(self._keep_output, n)) for n, m in self.listened.items()]
         handles.append(self.tower.register_forward_pre_hook(self._keep_call, with_kwargs=True))
         return [*handles, self.tower.register_forward_hook(self._leave)]
 
@@ -180,6 +200,10 @@ class BlockStates(SequenceStates):
     def _keep_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.counts():
             self._call = arguments_by_name(module, args, kwargs)
+
+    def entered(self) -> Tensor | None:
+        """Embeddings that the tower was called with."""
+        return self._call.get("inputs_embeds")
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stops:  # before heads
@@ -202,19 +226,22 @@ class BlockStates(SequenceStates):
         """Sentences beside other samples' videos, read anew by the tower: block states carry their own video along.
 
         A sample gets the video tokens of the next one with as many of them, at the places of its own; samples without
-        such a partner have no valid frame. None if the tower can't be called with embeddings.
+        such a partner, or with one of the same words, have no valid frame. None if the tower can't be called with
+        embeddings, or is given more than them that is a sample's own.
         """
         call = dict(self._call)
         ids, embedded = call.pop("input_ids", None), call.pop("inputs_embeds", None)
         takes_embeddings = "inputs_embeds" in inspect.signature(type(self.tower).forward).parameters
-        if not takes_embeddings or any(hasattr(value, "get_seq_length") for value in call.values()):
+        if not takes_embeddings or any(_carries_states(name, value) for name, value in call.items()):
             return None
         if embedded is None:
             if ids is None or self.embeddings is None:
                 return None
             embedded = self.embeddings(ids)
         video, _ = self.masks(batch)
-        partners = _next_with_as_many(video.sum(1).tolist())
+        words = self.words(batch)
+        sentences = range(len(video)) if words is None else map(tuple, sentence_keys(*words).tolist())
+        partners = _next_with_as_many(video.sum(1).tolist(), list(sentences))
         mixed = embedded.clone()
         for own, other in enumerate(partners):
             if other is not None:
@@ -234,7 +261,8 @@ class BlockStates(SequenceStates):
 class InputStates(SequenceStates):
     """The tokens as they enter the first tower that READ adapts, before any of its blocks: they haven't met yet.
 
-    Projected video tokens against the embeddings of words, which take no gradient where the embeddings are frozen.
+    Projected video tokens against the embeddings of words. Where the tower itself puts the video among the words, as
+    Kosmos-2 does, they are what enters its first block.
 
     Args:
         model: the adapted model.
@@ -246,33 +274,41 @@ class InputStates(SequenceStates):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "inputs")
         self.model = model
-        self.first_block = model.get_submodule(_block_of(next(iter(self.layers))))
+        self.first_block = _first_of_its_row(model, _block_of(next(iter(self.layers))))
         self._inside = False  # the tower, which was given ids
+        self._features = False  # whether the tower was given features, too
 
     def listen(self) -> list[RemovableHandle]:
         """Record what enters the first block, whether that was given or looked up."""
         self._inside = False
-        handles = [
+        return [
+            *super().listen(),
             self.tower.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.first_block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
         ]
-        if self.embeddings is not None:
-            handles.append(self.embeddings.register_forward_hook(self._embed))
-        return handles
+
+    def entered(self) -> Tensor | None:
+        """What was recorded."""
+        return next(iter(self.recorded.values()), None)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = arguments_by_name(module, args, kwargs).get("inputs_embeds")
+        call = arguments_by_name(module, args, kwargs)
+        given = call.get("inputs_embeds")
         self._inside = given is None
+        self._features = any(_carries_states(name, value) for name, value in call.items() if name != "labels")
         if given is not None:
             self._keep_input(given)
 
     def _embed(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._inside:  # else the embeddings of words alone, before video tokens take their places
+        super()._embed(module, args, output)
+        # Else these are the embeddings of words alone, before video tokens take their places.
+        if self._inside and not self._features:
             self._inside = False
             self._keep_input(output)
 
     def _enter_block(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._inside:  # a tower that neither takes embeddings nor has a module for them
+        # A tower that has no module for embeddings, or puts features among them.
+        if self._inside:
             self._inside = False
             self._keep_input(args[0] if args else next(iter(kwargs.values())))
 
@@ -283,10 +319,8 @@ class InputStates(SequenceStates):
             raise _Stopped
 
     def states(self, model: nn.Module, batch: Batch, outputs: Any) -> VideoTextStates:
-        """Video and words before they met; words without gradient where their embeddings are frozen."""
-        states = self.in_sequence(batch, met=False)
-        trained = self.embeddings is None or any(p.requires_grad for p in self.embeddings.parameters())
-        return states if trained else states._replace(words=states.words.detach())
+        """Video and words before they met."""
+        return self.in_sequence(batch, met=False)
 
     def check(self, example: Batch, model: nn.Module) -> None:
         """Raise a `ValueError` if the masks don't fit, or nothing before the blocks is trained."""
@@ -322,12 +356,20 @@ def arguments_by_name(module: nn.Module, args: Any, kwargs: Any) -> dict[str, An
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _next_with_as_many(counts: list[int]) -> list[int | None]:
-    """For each sample the next other one, in a circle, with the same number of video tokens, if it has any."""
+def _carries_states(name: str, value: Any) -> bool:
+    """Whether an argument of a tower may hold a sample's video beside the embeddings: a cache, features of layers."""
+    if "mask" in name or "position" in name:
+        return False
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(hasattr(x, "get_seq_length") or (isinstance(x, Tensor) and x.is_floating_point()) for x in parts)
+
+
+def _next_with_as_many(counts: list[int], sentences: list[Any]) -> list[int | None]:
+    """For each sample the next one, in a circle, of another sentence with as many video tokens, if it has any."""
     rows = range(len(counts))
     orders = [[*rows[row + 1 :], *rows[:row]] for row in rows]
     return [
-        next((other for other in order if counts[other] == counts[row] > 0), None)
+        next((i for i in order if counts[i] == counts[row] > 0 and sentences[i] != sentences[row]), None)
         for row, order in zip(rows, orders, strict=True)
     ]
 
@@ -355,6 +397,12 @@ def _adapted_layers(model: nn.Module) -> dict[str, ReadLayer]:
 
 def _active_adapters(layer: ReadLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.read_downward]
+
+
+def _first_of_its_row(model: nn.Module, block: str) -> nn.Module:
+    """The first of the blocks of which this is one: adapters may begin at a later one."""
+    row, _, number = block.rpartition(".")
+    return model.get_submodule(f"{row}.0" if number.isdigit() else block)
 
 
 def _block_of(name: str) -> str:

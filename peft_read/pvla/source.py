@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
+from peft import PeftModel
 from torch import Tensor, nn
+
+from .contrast import sentence_keys
 
 
 BLOCK_SOURCES = ("last_block", "all_blocks", "bottleneck")
@@ -76,23 +81,30 @@ class StateSource(ABC):
         Returns:
             The outputs that `states` takes.
         """
-        return model(**without_token_masks(batch))
+        return model(**without_token_masks(batch, masks_taken(model)))
 
     def mismatched(self, states: VideoTextStates, batch: Batch) -> VideoTextStates | None:
         """Videos beside words of other samples, if such states can be had; called inside of `recording`.
+
+        Where the other sample says the same, no word counts.
 
         Args:
             states: what `states` gave for the batch.
             batch: likewise.
         """
-        if states.met or len(states.words) <= self.blocks:
+        if states.met or len(states.words) < 2:
             return None
-        words, mask = (
-            None if x is None else x.unflatten(0, (self.blocks, -1)).roll(1, 1).flatten(0, 1)
-            for x in (states.words, states.word_mask)
-        )
-        assert words is not None
-        return states._replace(words=words, word_mask=mask)
+        own, counts = states.words, states.word_mask
+        counts = torch.ones_like(own[..., 0], dtype=torch.bool) if counts is None else counts
+        words, mask = own.roll(1, 0), counts.roll(1, 0)
+        tokens = self.words(batch) if states.word_ids is None else (states.word_ids, counts)
+        if tokens is None:
+            alike = torch.isclose(own, words, rtol=1e-4, atol=1e-6).all(-1) | (counts == 0)
+            same = (alike & (counts == mask)).all(1)
+        else:
+            keys = sentence_keys(*tokens)
+            same = (keys == keys.roll(1, 0)).all(1)
+        return states._replace(words=words, word_mask=mask * ~same[:, None])
 
     def samples(self, batch: Batch) -> Tensor | None:
         """How many samples `states` will have with something to align; None where that isn't known before it runs."""
@@ -134,9 +146,33 @@ class FunctionStates(StateSource):
         return self.function(model, batch, outputs)
 
 
-def without_token_masks(batch: Batch) -> dict[str, Any]:
-    """What a model takes of a batch: all but the columns that only PVLA reads."""
-    return {name: value for name, value in batch.items() if name not in TOKEN_MASKS}
+def masks_taken(model: nn.Module) -> tuple[str, ...]:
+    """The token masks that the forward of a model, or of the base of an adapted one, names."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return tuple(name for name in TOKEN_MASKS if name in inspect.signature(type(base).forward).parameters)
+
+
+def without_token_masks(batch: Batch, taken: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a model takes of a batch: all but the columns that only PVLA reads.
+
+    Args:
+        batch: what the collator gives.
+        taken: masks that the model takes as well.
+    """
+    return {name: value for name, value in batch.items() if name not in TOKEN_MASKS or name in taken}
+
+
+def check_token_mask(name: str, mask: Tensor) -> None:
+    """Raise a `ValueError` if a mask of `TOKEN_MASKS` has values that it can't have.
+
+    Those of video are 0 or 1. So are those of text, or floating-point weights of 0 or more.
+    """
+    if mask.is_floating_point() and name == TOKEN_MASKS[1]:
+        if not ((mask >= 0) & mask.isfinite()).all():
+            raise ValueError(f"{name!r} has negative, infinite or NaN weights; expected 0 or more for each token.")
+    elif mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        weights = " Weights of words are floating-point numbers." if name == TOKEN_MASKS[1] else ""
+        raise ValueError(f"{name!r} has values other than 0 and 1; expected these alone, 0 in padding.{weights}")
 
 
 def token_masks(batch: Batch) -> dict[str, Tensor]:

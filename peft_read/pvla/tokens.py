@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .source import TOKEN_MASKS, Batch
+from .source import TOKEN_MASKS, Batch, check_token_mask, token_masks
 from .words import TemplateTokens, choose_words
 
 
@@ -42,10 +42,13 @@ class TokenMasks:
         """Which positions are video, `(batch, time)` bool; and which are text, bool or the weights of words.
 
         Raises:
-            ValueError: if neither masks nor placeholders tell.
+            ValueError: if neither masks nor placeholders tell, or a mask has values that it can't have.
         """
         video, text = (batch.get(name) for name in TOKEN_MASKS)
         ids, valid = batch.get("input_ids"), batch.get("attention_mask")
+        for name, mask in token_masks(batch).items():
+            if mask.device.type == "cpu":  # no value is waited for elsewhere, but where one batch is checked
+                check_token_mask(name, mask)
         if video is None:
             if ids is None or not self.placeholders:
                 raise ValueError(
@@ -57,20 +60,35 @@ class TokenMasks:
             video = reduce(or_, (ids == token for token in self.placeholders))
         video = video.bool()
         if text is None:
+            self._check_text_is_known(video, ids, valid)
             text = ~video
             if self.template.special and ids is not None and ids.shape == video.shape:
                 text = text & ~self.template.among(ids)
         elif not text.is_floating_point():
             text = text.bool()
-        elif text.device.type == "cpu" and (text < 0).any():
-            raise ValueError(f"{TOKEN_MASKS[1]!r} has negative weights; expected 0 or more for each token.")
         text = choose_words(text, batch, self.chosen)
         if valid is not None and valid.shape == video.shape:
             video, text = video & valid.bool(), text * valid.bool()
         return video, text * ~video  # a mask of words may say something of placeholders, too
 
+    @staticmethod
+    def _check_text_is_known(video: Tensor, ids: Tensor | None, valid: Tensor | None) -> None:
+        for name, column in (("input_ids", ids), ("attention_mask", valid)):
+            if column is not None and column.shape != video.shape:
+                raise ValueError(
+                    f"{TOKEN_MASKS[0]!r} is over {tuple(video.shape)} positions, {name} over {tuple(column.shape)}: "
+                    "nothing tells words from padding and special tokens. Let the collator give "
+                    f"{TOKEN_MASKS[1]!r}, too."
+                )
+
     def describe(self, batch: Batch) -> str:
-        """What is taken for video and for words in a batch, in a sentence."""
+        """What is taken for video and for words in a batch, in a sentence.
+
+        Raises:
+            ValueError: if its masks have values that they can't have, or don't tell.
+        """
+        for name, mask in token_masks(batch).items():
+            check_token_mask(name, mask)
         video, text = self(batch)
         ids = "the batch's mask" if TOKEN_MASKS[0] in batch else f"the ids {self.placeholders}"
         return (

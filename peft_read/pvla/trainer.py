@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from .metrics import MetricBuffer
 from .pairs import PairBatches
 from .picture import ExamplePlan, example_plan, log_plan
 from .sequences import InputStates
-from .source import TOKEN_MASKS, Batch, StateFunction, token_masks, without_token_masks
+from .source import TOKEN_MASKS, Batch, StateFunction, masks_taken, token_masks, without_token_masks
 from .step_mean import StepMeanMixin
 
 
@@ -98,7 +99,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         pairs = None if self.pairs_dataset is None else self._pair_batches(self.pairs_dataset)
         if self.args.pvla_negatives:
             option = "per_device_train_batch_size" if pairs is None else "pvla_pairs_batch_size"
-            check_batch(getattr(self.args, option), self.args.world_size, option)
+            check_batch(getattr(self.args, option), self.args.world_size, f"raise {option}")
             if self.eval_dataset is not None:
                 self._check_evaluated_batch()
         states = self.args.pvla_states if self._given_states is None else self._given_states
@@ -106,13 +107,21 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
 
     def _check_evaluated_batch(self) -> None:
         option = "per_device_eval_batch_size"
-        check_batch(getattr(self.args, option), self.args.world_size, option)
+        check_batch(getattr(self.args, option), self.args.world_size, f"raise {option}")
 
     def _pair_batches(self, dataset: Any) -> PairBatches:
         if self._is_sharded():
             raise ValueError(
                 "pairs_dataset doesn't work with weights that FSDP or DeepSpeed shards: pairs run through the model "
                 "apart from the task. Train with DDP, or align the pairs first, on their own."
+            )
+        if isinstance(dataset, Mapping):
+            names = ", ".join(map(repr, dataset))
+            raise ValueError(f"pairs_dataset is a {type(dataset).__name__} with {names}: give one split of it.")
+        if self.args.pvla_words != "all":
+            raise ValueError(
+                f"pvla_words={self.args.pvla_words!r} tells words by labels, and pairs have none. Leave it out, and "
+                "let the collator give 'text_token_mask' where not all text is meant."
             )
         collate = self.data_collator
         if hasattr(dataset, "column_names"):
@@ -129,11 +138,14 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
             workers=self.args.dataloader_num_workers,
         )
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # The model and the arguments are the run's by now: `model_init` makes a model, a search sets arguments.
         self._pvla = self._new_alignment()
+        if self._pvla is not None and self._pvla.loss.negatives and self._pvla.pairs is None and batch_size:
+            mend = "auto_find_batch_size came down to it. Let a sample take less memory, or leave pvla_negatives out"
+            check_batch(batch_size, self.args.world_size, mend)
         self._metrics_of_pvla.take("train")
-        return super()._inner_training_loop(*args, **kwargs)
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _check_data(self, pvla: Alignment) -> None:
         """Whether a batch tells video from text, as far as one can be made of the first example."""
@@ -177,7 +189,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
     ) -> Any:
         """The task's loss plus the weighted alignment loss; arguments and result as of the Trainer's."""
         masks = token_masks(inputs) or ({} if self._evaluated is None else self._evaluated.masks)
-        inputs, pvla = without_token_masks(inputs), self._pvla
+        inputs, pvla = without_token_masks(inputs, self._masks_of_model()), self._pvla
         if pvla is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = {**inputs, **self._on_device(masks)}  # before the Trainer takes labels out
@@ -187,7 +199,8 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
             task, outputs = self.step_mean_loss(model, inputs, return_outputs, num_items_in_batch)
             alignment = torch.zeros((), device=task.device)
             if pvla.starts_step:
-                alignment = self._align_pairs(pvla, task / divisor)
+                # Of the step's task this batch is a part, of its alignment the pairs are the whole.
+                alignment = self._align_pairs(pvla, task / divisor * self.current_gradient_accumulation_steps)
         else:
             with pvla.source.recording():
                 asks = return_outputs or pvla.source.reads_outputs
@@ -223,7 +236,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
 
     def _mean_over_step(self, pvla: Alignment, details: PvlaDetails) -> Tensor:
         """This batch's part of the mean over all samples of the optimizer step, on all devices."""
-        if torch.is_grad_enabled() and not details.loss.requires_grad:
+        if torch.is_grad_enabled() and not details.loss.requires_grad and details.valid.any():
             raise RuntimeError(pvla.source.untrained())
         if pvla.samples_in_step is None:
             return mean_distance(details) / self.current_gradient_accumulation_steps
@@ -239,8 +252,10 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         weigh = pvla.share is not None and pvla.share.is_due(step)
         if not (check or weigh):
             return
+        if not aligned.details.valid.any():  # a batch without video has no share: a later one is measured
+            weigh = False
         norms = None
-        if not self._is_sharded():  # else the graph ends in other tensors than the parameters
+        if not (self._is_sharded() or self._checkpoints_reentrantly()):  # else no gradient of parameters can be asked
             compared = compared_parameters(
                 cast(nn.Module, self.model), alignment, isinstance(pvla.source, InputStates)
             )
@@ -278,8 +293,15 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
     def _plan_of(self, pvla: Alignment, sample: int, aligned: Aligned, batch: Batch) -> ExamplePlan:
         return example_plan(sample, aligned.details, aligned.states, pvla.source.words(batch), self.processing_class)
 
+    def _checkpoints_reentrantly(self) -> bool:
+        options = self.args.gradient_checkpointing_kwargs
+        return bool(self.args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"))
+
     def _is_sharded(self) -> bool:
         return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def _masks_of_model(self) -> tuple[str, ...]:
+        return masks_taken(cast(nn.Module, self.model))
 
     def _on_device(self, batch: Batch) -> dict[str, Any]:
         return cast(dict[str, Any], self._prepare_input(cast(Any, batch)))
@@ -330,9 +352,9 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         ignore_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any]:
-        """The Trainer's own, to which neither the model nor `generate` sees the token masks."""
+        """The Trainer's own; model and `generate` see no token masks but those that the model's forward names."""
         self._evaluated = evaluated = EvaluatedBatch(token_masks(inputs))
-        inputs = without_token_masks(inputs)
+        inputs = without_token_masks(inputs, self._masks_of_model())
         try:
             loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
             if self._pvla is not None and loss is not None and evaluated.details is None:

@@ -100,6 +100,21 @@ def test_ids_tell_the_same_words_where_states_differ():
     assert_same_loss_and_gradient(found, expected, [video, words])
 
 
+def test_the_same_video_is_no_negative():
+    """Other sentences about one video aren't to be told from it; the same frames in another order are another video."""
+    video, words, frame_mask, word_mask = make_states()
+    frame_mask[2] = frame_mask[0]
+    with torch.no_grad():
+        video[2], video[3, 4:] = video[0], 1e3  # beyond the fourth there is padding
+        video[1] = video[0]  # of which three frames are valid
+    expected = contrast_by_hand(video, words, frame_mask, word_mask, left_out={(0, 2), (2, 0)})
+    assert_same_loss_and_gradient(contrastive()(video, words, frame_mask, word_mask), expected, [video, words])
+    with torch.no_grad():
+        video[2] = video[0].flip(0)
+    expected = contrast_by_hand(video, words, frame_mask, word_mask)
+    assert_same_loss_and_gradient(contrastive()(video, words, frame_mask, word_mask), expected, [video, words])
+
+
 @pytest.mark.parametrize("length", [4, 60, 512])
 @pytest.mark.parametrize("shared", [0.0, 1.0, 50.0])
 def test_states_tell_the_same_words(length, shared):
