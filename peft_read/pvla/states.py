@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .sequences import BlockStates, InputStates, SequenceStates
+from .block_states import BlockStates
+from .input_states import InputStates
+from .sequences import SequenceStates
 from .source import BLOCK_SOURCES, SOURCES, FunctionStates, StateFunction, StateSource, VideoTextStates
 from .tokens import TokenMasks
 from .towers import TowerStates, find_dual_encoder

@@ -17,11 +17,11 @@ from .alignment import Aligned, Alignment, EvaluatedBatch, check_batch, evaluati
 from .arguments import PvlaArguments, PvlaTrainingArguments
 from .gradient_share import compared_parameters, gradient_norms
 from .health import alignment_health
+from .input_states import InputStates
 from .loss import PvlaDetails
 from .metrics import MetricBuffer
 from .pairs import PairBatches
 from .picture import ExamplePlan, example_plan, log_plan
-from .sequences import InputStates
 from .source import TOKEN_MASKS, Batch, StateFunction, masks_taken, token_masks, without_token_masks
 from .step_mean import StepMeanMixin
 

@@ -101,7 +101,7 @@ def test_ids_tell_the_same_words_where_states_differ():
 
 
 def test_the_same_video_is_no_negative():
-    """Other sentences about one video aren't to be told from it; the same frames in another order are another video."""
+    """Nor are its other sentences; the same frames in another order are another video."""
     video, words, frame_mask, word_mask = make_states()
     frame_mask[2] = frame_mask[0]
     with torch.no_grad():

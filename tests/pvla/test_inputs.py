@@ -12,7 +12,7 @@ from alignment_models import VISUAL, adapt, bart, bert, llava
 from video_grounding.features import Collator
 
 from peft_read import PvlaTrainingArguments, VideoTextStates
-from peft_read.pvla.sequences import InputStates
+from peft_read.pvla.input_states import InputStates
 from peft_read.pvla.tokens import TokenMasks
 
 

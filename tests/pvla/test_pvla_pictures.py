@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peft_read import PvlaLoss, partial_transport, plot_plan
-from peft_read.pvla.sequences import BlockStates
+from peft_read.pvla.block_states import BlockStates
 
 
 TEXT = CASES["text encoder"]
