@@ -1,4 +1,4 @@
-"""What the runs of `benchmarks/pvla_pairs.py` gave: a file of them, what is chosen by it, and a table."""
+"""What the runs of `benchmarks/pvla_pairs.py` gave: a file of them, what is chosen by it, and tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .rows import ALONE, CELLS, OPTIONS, ROWS, STEPS, TUNING_SEEDS, Run
+from .rows import ALONE, OPTIONS, ROWS, STEPS, TUNING_SEEDS, Run
 
 
 class Results:
@@ -47,38 +47,37 @@ def chosen_options(results: Results, row: str) -> tuple[float, float]:
     return max((o for o, v in tried.items() if len(v) == most), key=lambda o: sum(tried[o]))
 
 
-def print_table(results: Results) -> None:
-    """Of each cell the results, and the differences to READ alone on the same seeds."""
-    columns = [
-        "task, labelled videos",
-        "method (weight; rate)",
-        "seeds",
-        "test mAP",
-        "difference",
-        "by seed",
-        "matching",
-    ]
-    print("\n" + " | ".join(["", *columns, ""]).strip(), "|---" * len(columns) + "|", sep="\n")
-    for task, labels in CELLS:
-        found = {name: by_seed(results, task, labels, name) for name in ROWS}
-        for name, entries in found.items():
-            if not entries:
-                continue
-            pairs = [
-                (e["test mAP"], found[ALONE][seed]["test mAP"]) for seed, e in entries.items() if seed in found[ALONE]
-            ]
-            differences = [own - alone for own, alone in pairs] if name != ALONE else []
-            weight, rate = chosen_options(results, name)
-            cells = [
-                f"{task}, {labels}",
-                f"{name} ({rate:g})" if ROWS[name].pvla is None else f"{name} ({weight:g}; {rate:g})",
-                str(len(entries)),
-                mean_and_spread([e["test mAP"] for e in entries.values()]),
-                mean_and_spread(differences, "+") if differences else "",
-                ", ".join(f"{each:+.1f}" for each in differences),
-                mean_and_spread([e["mAP of matching by cosine"] for e in entries.values()]),
-            ]
-            print("|", " | ".join(cells), "|")
+def table(results: Results, task: str, labels: int) -> str:
+    """Of one cell the results, and the differences to READ alone on the same seeds, in markdown."""
+    columns = ["method (weight; rate)", "seeds", "test mAP", "difference", "by seed", "matching", "word; frames"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    found = {name: by_seed(results, task, labels, name) for name in ROWS}
+    for name, entries in found.items():
+        if not entries:
+            continue
+        both = found[ALONE].keys() & entries.keys() if name != ALONE else set()
+        differences = [entries[seed]["test mAP"] - found[ALONE][seed]["test mAP"] for seed in sorted(both)]
+        weight, rate = chosen_options(results, name)
+        cells = [
+            f"{name} ({rate:g})" if ROWS[name].pvla is None else f"{name} ({weight:g}; {rate:g})",
+            str(len(entries)),
+            mean_and_spread([entry["test mAP"] for entry in entries.values()]),
+            mean_and_spread(differences, "+") if differences else "",
+            ", ".join(f"{each:+.1f}" for each in differences),
+            mean_and_spread([entry["mAP of matching by cosine"] for entry in entries.values()]),
+            _plans(list(entries.values())),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _plans(entries: Sequence[dict[str, Any]]) -> str:
+    """Of the plans' mass what goes to the digit's word, in per cent, and to relevant frames, over their share."""
+    names = ("mass on the digit's word", "mass on relevant frames, over their share")
+    if any(name not in entry for entry in entries for name in names):
+        return ""
+    word, frames = (statistics.mean(entry[name] for entry in entries) for name in names)
+    return f"{100 * word:.0f} %; {frames:.1f}"
 
 
 def by_seed(results: Results, task: str, labels: int, name: str) -> dict[int, dict[str, Any]]:

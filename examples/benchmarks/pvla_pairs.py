@@ -10,7 +10,8 @@ paired by seed.
 
 It says first how long it will take, writes each result as it comes to a file of JSON, and goes on there when it is
 started again. First come the runs on validation videos, with seeds of their own, by which weights and rates are
-chosen; then what tells most before the rest. `--minutes` stops it in time; `--table` prints what there is.
+chosen; then what tells most before the rest. `--minutes` stops it in time; `--table` prints what there is;
+`readme_lines.py` writes it into `pvla.md`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-from alignment_study.results import Results, chosen_options, print_table  # noqa: E402
+from alignment_study.results import Results, chosen_options, table  # noqa: E402
 from alignment_study.rows import (  # noqa: E402
     CELLS,
     OPTIONS,
@@ -79,13 +80,14 @@ class Materials:
 
 
 def main() -> None:
-    """Say what will be run, run it, and print the table."""
+    """Say what will be run, run it, and print the tables."""
     args = parse_arguments()
     results = Results(args.results)
     if not args.table:
         print_budget([*left(tuning(args), results), *left(planned(args, results), results)], results)
         run_all(args, results)
-    print_table(results)
+    for task, labels in CELLS:
+        print(f"\n{task}, {labels} labelled videos:\n\n{table(results, task, labels)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after the run at which these are over"
     )
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run, and stop")
+    parser.add_argument("--table", action="store_true", help="print the tables of what has been run, and stop")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON for the results")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft_read", help="made once")
@@ -188,6 +190,9 @@ def do(run: Run, row: Row, materials: Materials) -> dict[str, Any]:
     splits = materials.labelled[run.task]
     few = random.Random(run.seed).sample(splits["train"], run.labels)
     pairs = chosen_pairs(run, row, materials) if row.pairs else None
+    looked_at = splits["test"][:PLANS_LOOKED_AT]
+    if row.captions == "digits" and not row.pairs:
+        few, looked_at = ([digits_alone(each, materials.tokenizer) for each in some] for some in (few, looked_at))
     model = load_base(str(materials.base / "untuned"), few[0]["frame_features"].shape[-1])
     model.text_model.set_attn_implementation("eager")  # the fused one's backward in bfloat16 is slower on CPUs
     model = adapt(model, "read", None, run.seed, new_projection=not row.ridge)
@@ -199,7 +204,7 @@ def do(run: Run, row: Row, materials: Materials) -> dict[str, Any]:
         trainer = fit(run, Row(None) if row.stages == 2 else row, model, few, pairs, materials)
     found: dict[str, Any] = {}
     if trainer.args.uses_pvla and not row.pooled:
-        found |= what_is_matched(trainer, splits["test"][:PLANS_LOOKED_AT], materials)
+        found |= what_is_matched(trainer, looked_at, materials)
     split = "validation" if run.seed >= TUNING_SEEDS[0] else "test"
     found["mAP of matching by cosine"] = round(matching_map(model, splits[split], materials), 2)
     trainer.data_collator = Collator(materials.tokenizer)
@@ -264,6 +269,13 @@ def chosen_pairs(run: Run, row: Row, materials: Materials) -> Examples:
             }
         examples.append({**words, "frame_features": materials.pairs[video]["frame_features"]})
     return examples
+
+
+def digits_alone(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """An example of whose query only the words of digits count."""
+    digits = set(tokenizer.convert_tokens_to_ids(list(WORDS)))
+    words = zip(example["input_ids"], example["word_mask"], strict=True)
+    return example | {"word_mask": [is_word * int(token in digits) for token, is_word in words]}
 
 
 def projection_of(model: nn.Module) -> nn.Module:

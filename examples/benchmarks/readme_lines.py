@@ -1,8 +1,8 @@
-"""The README's lines about what was measured and the tables of `examples/results/README.md`, from the results there.
+"""What pages say was measured, from the results: the README's lines, the tables of the comparison and of PVLA.
 
     python examples/benchmarks/readme_lines.py
 
-Writes both pages, between their marks; a test keeps them true.
+Writes the pages, between their marks; a test keeps them true.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import Any
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
+from alignment_study.results import Results  # noqa: E402
+from alignment_study.results import table as alignment_table  # noqa: E402
+from alignment_study.rows import CELLS  # noqa: E402
 from comparison.methods import METHODS  # noqa: E402
 from comparison.report import mean_and_spread, of_setting  # noqa: E402
 from low_resource_comparison import tables  # noqa: E402
 from remade_bases import table as bases_table  # noqa: E402
 
 
-RESULTS = EXAMPLES / "results"
-START, END = "<!-- measured -->", "<!-- /measured -->"
+RESULTS, BENCHMARKS = EXAMPLES / "results", EXAMPLES / "benchmarks"
 TASKS = {
     "positions": "Moments, base with positions",
     "set": "Moments, base that sees frames as a set",
@@ -37,12 +39,13 @@ def pages() -> dict[Path, str]:
     """Each page as the results make it."""
     bases = json.loads((RESULTS / "remade_bases.json").read_text(encoding="utf-8"))
     results = json.loads((RESULTS / "low_resource.json").read_text(encoding="utf-8"))
+    study = Results(BENCHMARKS / "pvla_pairs.json")
     lines = [_first_example(bases), *(_panel(results, panel) for panel in _told(results)), _limits(results)]
     measured = f"{_made_on(bases)}\n\n{bases_table(bases['runs'])}\n\n{_made_on(results)}\n\n{tables(results)}"
-    return {
-        page: _fill(page.read_text(encoding="utf-8"), text)
-        for page, text in ((EXAMPLES.parent / "README.md", "\n".join(lines)), (RESULTS / "README.md", measured))
-    }
+    front, tables_page, pvla = EXAMPLES.parent / "README.md", RESULTS / "README.md", BENCHMARKS / "pvla.md"
+    made = {front: {"measured": "\n".join(lines)}, tables_page: {"measured": measured}}
+    made[pvla] = {f"{task} {labels}": alignment_table(study, task, labels) for task, labels in CELLS}
+    return {page: _fill(page.read_text(encoding="utf-8"), parts) for page, parts in made.items()}
 
 
 def _told(results: dict[str, Any]) -> list[str]:
@@ -56,12 +59,16 @@ def _is_peer(method: str) -> bool:
     return not method.startswith("read-")
 
 
-def _fill(page: str, text: str) -> str:
-    before, _, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"The page needs the marks {START} and {END}.")
-    return f"{before}{START}\n{text}\n{END}{after}"
+def _fill(page: str, parts: dict[str, str]) -> str:
+    """Put each text between the marks of its name."""
+    for name, text in parts.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = page.partition(start)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"The page needs the marks {start} and {end}.")
+        page = f"{before}{start}\n{text}\n{end}{after}"
+    return page
 
 
 def _made_on(results: dict[str, Any]) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignment_study.results import Results, chosen_options, print_table
+from alignment_study.results import Results, chosen_options, table
 from alignment_study.rows import ALONE, CELLS, CONTRASTIVE, OPTIONS, PAPER, ROWS, SEEDS, TUNING_SEEDS, Row, Run
+from common.embedded import text_encoder_path
+from transformers import AutoTokenizer
+from video_grounding.features import tokenize
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -105,8 +108,9 @@ def test_it_goes_on_where_it_was_cut(script, monkeypatch, tmp_path, capsys):
     del done[1:]
     script.main()
     assert [(run.row, run.seed) for run in done[1:]] == [(CONTRASTIVE, 201)]
-    print_table(Results(path))
-    assert "| +12.0 ± 2.8 | +10.0, +14.0 | 90.0 ± 0.0 |" in capsys.readouterr().out
+    row = "| +12.0 ± 2.8 | +10.0, +14.0 | 90.0 ± 0.0 |"
+    assert row in capsys.readouterr().out
+    assert row in table(Results(path), "plain", 25)
 
 
 def test_captions_of_other_videos(script):
@@ -119,3 +123,11 @@ def test_captions_of_other_videos(script):
     assert len(set(videos)) == 20
     assert set(captions) == set(videos)
     assert all(video != caption for video, caption in zip(videos, captions, strict=True))
+
+
+def test_digit_words_alone(script):
+    """Of a query only the digit's name counts."""
+    tokenizer = AutoTokenizer.from_pretrained(text_encoder_path())
+    query = tokenize(tokenizer, "the second five")
+    assert query["word_mask"] == [0, 1, 1, 1, 0]
+    assert script.digits_alone(query, tokenizer) == query | {"word_mask": [0, 0, 0, 1, 0]}

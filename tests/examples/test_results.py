@@ -6,6 +6,8 @@ from pathlib import Path
 
 import low_resource_comparison
 import pytest
+from alignment_study.results import Results, by_seed
+from alignment_study.rows import ALONE, CONTRASTIVE, DIGIT_WORDS
 
 
 EXAMPLES = Path(low_resource_comparison.__file__).parent
@@ -24,6 +26,17 @@ def test_pages_say_what_the_results_say(readme_lines):
         assert path.read_text(encoding="utf-8") == text, "run: python examples/benchmarks/readme_lines.py"
 
 
+@pytest.mark.parametrize(("row", "sentence"), [(DIGIT_WORDS, "{} mAP became {}."), (CONTRASTIVE, "{} became {}.")])
+def test_the_front_page_says_what_pvla_gave(row, sentence):
+    """The means of READ alone and with PVLA, over the same seeds."""
+    results = Results(EXAMPLES / "benchmarks" / "pvla_pairs.json")
+    entries = [by_seed(results, "second", 100, name) for name in (ALONE, row)]
+    both = entries[0].keys() & entries[1].keys()
+    means = [sum(some[seed]["test mAP"] for seed in both) / len(both) for some in entries]
+    page = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert sentence.format(*(f"{mean:.1f}" for mean in means)) in page
+
+
 @pytest.mark.parametrize("name", ["low_resource", "remade_bases"])
 def test_results_say_where_they_are_from(name):
     """Command, processor, cores and versions; each run once."""
@@ -38,4 +51,4 @@ def test_results_say_where_they_are_from(name):
 
 def test_a_page_without_marks_is_named(readme_lines):
     with pytest.raises(ValueError, match="The page needs the marks"):
-        readme_lines._fill("no marks", "text")
+        readme_lines._fill("no marks", {"measured": "text"})
