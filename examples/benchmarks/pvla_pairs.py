@@ -59,7 +59,7 @@ from finetune_video import FEATURE_NOISE, adapt, load_base  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from video_grounding import ordered_digits  # noqa: E402
 from video_grounding.annotations import read_annotations, read_captions  # noqa: E402
-from video_grounding.features import Collator, FrameEncoder, make_examples, make_pair_examples  # noqa: E402
+from video_grounding.features import Collator, FrameEncoder, counting_only, make_examples, make_pair_examples  # noqa: E402
 from video_grounding.training import Examples, grounding_metrics, predict  # noqa: E402
 
 from peft_read import PvlaTrainer, VideoTextStates  # noqa: E402
@@ -192,7 +192,9 @@ def do(run: Run, row: Row, materials: Materials) -> dict[str, Any]:
     pairs = chosen_pairs(run, row, materials) if row.pairs else None
     looked_at = splits["test"][:PLANS_LOOKED_AT]
     if row.captions == "digits" and not row.pairs:
-        few, looked_at = ([digits_alone(each, materials.tokenizer) for each in some] for some in (few, looked_at))
+        few, looked_at = (
+            [counting_only(each, WORDS, materials.tokenizer) for each in some] for some in (few, looked_at)
+        )
     model = load_base(str(materials.base / "untuned"), few[0]["frame_features"].shape[-1])
     model.text_model.set_attn_implementation("eager")  # the fused one's backward in bfloat16 is slower on CPUs
     model = adapt(model, "read", None, run.seed, new_projection=not row.ridge)
@@ -269,13 +271,6 @@ def chosen_pairs(run: Run, row: Row, materials: Materials) -> Examples:
             }
         examples.append({**words, "frame_features": materials.pairs[video]["frame_features"]})
     return examples
-
-
-def digits_alone(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """An example of whose query only the words of digits count."""
-    digits = set(tokenizer.convert_tokens_to_ids(list(WORDS)))
-    words = zip(example["input_ids"], example["word_mask"], strict=True)
-    return example | {"word_mask": [is_word * int(token in digits) for token, is_word in words]}
 
 
 def projection_of(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from common.training import train
 from sklearn.metrics import average_precision_score
 from torch import nn
 from transformers import AutoTokenizer
-from video_grounding.features import Collator, FrameEncoder, tokenize
+from video_grounding.features import Collator, FrameEncoder, counting_only, tokenize
 from video_grounding.modeling import GroundingModel
 from video_grounding.ordered_digits import (
     Story,
@@ -70,9 +70,10 @@ class GroundingTask:
                 self._make_base(draft, torch.load(videos / "source.pt", weights_only=False), seed)
 
     def examples(self, seed: int) -> dict[str, Examples]:
-        """By split, the examples of a seed."""
+        """By split, the examples of a seed; of their queries the digit's name counts, for those who align words."""
         found: dict[str, Examples] = torch.load(self._folder("videos", seed) / "examples.pt", weights_only=False)
-        return found
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder_path())
+        return {split: [counting_only(each, WORDS, tokenizer) for each in some] for split, some in found.items()}
 
     def base(self, seed: int) -> GroundingModel:
         """The base of a seed, to be frozen."""

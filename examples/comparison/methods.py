@@ -75,10 +75,10 @@ METHODS = {
     "read-gru": Method("READ, GRU", config=lambda: ReadConfig(r=16, cell="gru")),
     "read-lstm": Method("READ, LSTM", config=lambda: ReadConfig(r=16, cell="lstm")),
     "read-pvla": Method(
-        "READ, GRU, and PVLA with negatives",
+        "READ, GRU, and PVLA on the digit's name",
         config=lambda: ReadConfig(r=16, cell="gru"),
         generates=False,  # there is no sentence beside the video
-        pvla={"pvla_states": "inputs", "pvla_negatives": True, "pvla_weight": 3.0},
+        pvla={"pvla_states": "inputs", "pvla_weight": 10.0},
     ),
 }
 

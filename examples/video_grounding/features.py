@@ -103,6 +103,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, query: str) -> dict[str, list[i
     return {"input_ids": encoded["input_ids"], "word_mask": [1 - s for s in encoded["special_tokens_mask"]]}
 
 
+def counting_only(example: dict[str, Any], words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """An example of whose query only these words count, each a token of its own."""
+    tokens = set(tokenizer.convert_tokens_to_ids(list(words)))
+    pairs = zip(example["input_ids"], example["word_mask"], strict=True)
+    return example | {"word_mask": [is_word * int(token in tokens) for token, is_word in pairs]}
+
+
 class Collator:
     """Pads examples into a batch.
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from alignment_study.results import Results, chosen_options, table
 from alignment_study.rows import ALONE, CELLS, CONTRASTIVE, OPTIONS, PAPER, ROWS, SEEDS, TUNING_SEEDS, Row, Run
-from common.embedded import text_encoder_path
+from common.embedded import WORDS, text_encoder_path
 from transformers import AutoTokenizer
-from video_grounding.features import tokenize
+from video_grounding.features import counting_only, tokenize
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -125,9 +125,9 @@ def test_captions_of_other_videos(script):
     assert all(video != caption for video, caption in zip(videos, captions, strict=True))
 
 
-def test_digit_words_alone(script):
+def test_digit_words_alone():
     """Of a query only the digit's name counts."""
     tokenizer = AutoTokenizer.from_pretrained(text_encoder_path())
     query = tokenize(tokenizer, "the second five")
     assert query["word_mask"] == [0, 1, 1, 1, 0]
-    assert script.digits_alone(query, tokenizer) == query | {"word_mask": [0, 0, 0, 1, 0]}
+    assert counting_only(query, WORDS, tokenizer) == query | {"word_mask": [0, 0, 0, 1, 0]}
