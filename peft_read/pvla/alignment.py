@@ -142,14 +142,18 @@ class Alignment:
         """Warn where samples of the same text have words of other states, and count as each other's negatives."""
         ids = batch.get("input_ids")
         told = states.word_ids is not None or self.source.words(batch) is not None
-        if not self.loss.negatives or told or ids is None or len(ids) != len(states.words):
+        if not self.loss.negatives or told or ids is None or ids.ndim != 2 or len(ids) != len(states.words):
             return
-        words, mask = states.words, states.word_mask
-        mask = torch.ones_like(words[..., 0]) if mask is None else mask
-        if ((ids[:, None] == ids).all(-1) & ~same_states(words, mask, words, mask)).any():
+        twins = (ids[:, None] == ids).all(-1).fill_diagonal_(False)
+        if not twins.any():
+            return
+        words = states.words.float()
+        mask = torch.ones_like(words[..., 0]) if states.word_mask is None else states.word_mask
+        if (twins & ~same_states(words, mask, words, mask)).any():
             warnings.warn(
                 "Samples with the same `input_ids` have words of different states, as behind dropout, and are each "
-                "other's negatives. If they say the same, let the function give VideoTextStates(..., word_ids=...).",
+                "other's negatives. If they say the same, give the Trainer a function as `pvla_states` whose "
+                "VideoTextStates have `word_ids`.",
                 UserWarning,
                 stacklevel=2,
             )

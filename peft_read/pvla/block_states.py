@@ -90,7 +90,7 @@ class BlockStates(SequenceStates):
         call = dict(self._call)
         ids, embedded = call.pop("input_ids", None), call.pop("inputs_embeds", None)
         takes_embeddings = "inputs_embeds" in inspect.signature(type(self.tower).forward).parameters
-        if not takes_embeddings or any(carries_states(name, value) for name, value in call.items()):
+        if not takes_embeddings or any(carries_states(*named) for named in call.items()):
             return None
         if embedded is None:
             if ids is None or self.embeddings is None:

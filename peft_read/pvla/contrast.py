@@ -97,18 +97,18 @@ def same_states(words: Tensor, word_mask: Tensor, own: Tensor, own_mask: Tensor)
 def same_videos(video: Tensor, frame_mask: Tensor, own: slice) -> Tensor:
     """Which videos have the same states, frame by frame: `(own, all)`, bool.
 
-    Told by the sum of the states, each times its place, so as not to compare all pairs of frames.
+    Told by the mean of the states, weighted by the root of their place, so as not to compare all pairs of frames.
 
     Args:
         video: `(all, frames, dim)`.
         frame_mask: `(all, frames)`, true where a frame is valid.
         own: those to compare.
     """
-    places = frame_mask.cumsum(1) * frame_mask
-    sums = torch.einsum("bfd,bf->bd", video.detach(), places.to(video.dtype))
-    mean = sums.mean(0)
+    places = (frame_mask.cumsum(1) * frame_mask).to(video.dtype).sqrt()
+    means = torch.einsum("bfd,bf->bd", video.detach(), places / places.sum(1, keepdim=True).clamp(min=1))
+    centre = means.mean(0)
     counts = frame_mask.sum(1)
-    return _near(sums[own] - mean, sums - mean, 1e-6 * mean.norm()) & (counts[own, None] == counts)
+    return _near(means[own] - centre, means - centre, 1e-6 * centre.norm()) & (counts[own, None] == counts)
 
 
 def _near(some: Tensor, others: Tensor, rounding: Tensor) -> Tensor:
@@ -128,6 +128,8 @@ def gathered_over_devices(*tensors: Tensor) -> tuple[list[Tensor], int]:
     largest = torch.tensor([size for tensor in tensors for size in tensor.shape[:2]], device=tensors[0].device)
     distributed.all_reduce(largest, distributed.ReduceOp.MAX)
     sizes = largest.view(-1, 2).tolist()
+    if torch.is_grad_enabled():  # the backward pass calls all processes, also one whose own states take no gradient
+        tensors = tuple(x if x.ndim < 3 or x.requires_grad else x.detach().requires_grad_() for x in tensors)
     gathered = [_AllGather.apply(_filled_up(x, *size)) for x, size in zip(tensors, sizes, strict=True)]
     return gathered, distributed.get_rank() * sizes[0][0]
 

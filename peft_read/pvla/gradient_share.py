@@ -49,32 +49,39 @@ class GradientShare:
         return True
 
 
-def gradient_norms(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Norm of each loss's gradient on some parameters, `(losses,)`; their graph stays for the backward pass.
+def gradient_norms(
+    task: Tensor, alignment: Tensor, parameters: Sequence[nn.Parameter], only_reached: bool
+) -> Tensor | None:
+    """Norms of the two losses' gradients on some parameters, `(2,)`; their graph stays for the backward pass.
 
-    None if one reaches none of them.
+    Each loss is derived once, whatever it reaches: over devices, negatives make a collective call of it.
+
+    Args:
+        task: a scalar.
+        alignment: likewise.
+        parameters: that are trained.
+        only_reached: whether only those count that the alignment reaches.
+
+    Returns:
+        None if a loss reaches none of them.
     """
+    if not (task.requires_grad and alignment.requires_grad):
+        return None
+    of_task, of_alignment = (
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in (task, alignment)
+    )
+    counts = [not only_reached or gradient is not None for gradient in of_alignment]
     norms = []
-    for loss in losses:
-        if not loss.requires_grad or not parameters:
-            return None
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        sizes = [g.float().norm() for g in gradients if g is not None]
+    for gradients in (of_task, of_alignment):
+        sizes = [g.float().norm() for g, each in zip(gradients, counts, strict=True) if each and g is not None]
         if not sizes:
             return None
         norms.append(torch.stack(sizes).norm())
     return torch.stack(norms)
 
 
-def compared_parameters(model: nn.Module, alignment: Tensor, before_blocks: bool) -> list[nn.Parameter]:
-    """The trained parameters on which gradients are compared.
-
-    READ's weights, else all; where states come from before the blocks, those that the alignment reaches.
-    """
+def compared_parameters(model: nn.Module, before_blocks: bool) -> list[nn.Parameter]:
+    """The trained parameters on which gradients are compared: READ's; all where states come from before blocks."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not before_blocks:
-        return [p for name, p in trained.items() if ".read_" in name] or list(trained.values())
-    if not alignment.requires_grad:
-        return []
-    reached = torch.autograd.grad(alignment, list(trained.values()), retain_graph=True, allow_unused=True)
-    return [p for p, gradient in zip(trained.values(), reached, strict=True) if gradient is not None]
+    read = [] if before_blocks else [p for name, p in trained.items() if ".read_" in name]
+    return read or list(trained.values())

@@ -50,7 +50,7 @@ class InputStates(SequenceStates):
         call = arguments_by_name(module, args, kwargs)
         given = call.get("inputs_embeds")
         self._inside = given is None
-        self._features = any(carries_states(name, value) for name, value in call.items() if name != "labels")
+        self._features = any(carries_states(*named) for named in call.items())
         if given is not None:
             self._keep_input(given)
 
@@ -80,6 +80,8 @@ class InputStates(SequenceStates):
     def check(self, example: Batch, model: nn.Module) -> None:
         """Raise a `ValueError` if the masks don't fit, or nothing before the blocks is trained."""
         super().check(example, model)
+        if not self.masks(example)[0].any():  # a sample without video says nothing
+            return
         try:
             with torch.enable_grad(), self.recording():
                 self.run(model, example)
@@ -103,5 +105,6 @@ class InputStates(SequenceStates):
 
 def _first_of_its_row(model: nn.Module, block: str) -> nn.Module:
     """The first of the blocks of which this is one: adapters may begin at a later one."""
-    row, _, number = block.rpartition(".")
-    return model.get_submodule(f"{row}.0" if number.isdigit() else block)
+    own, (row, _, number) = model.get_submodule(block), block.rpartition(".")
+    first = getattr(model.get_submodule(row), "0", None) if number.isdigit() else None
+    return first if type(first) is type(own) else own

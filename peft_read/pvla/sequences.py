@@ -55,7 +55,7 @@ class SequenceStates(StateSource):
         self.recorded: dict[str, Tensor] = {}
         self.embeddings = _embeddings(self.tower)
         self._looked_up: Tensor | None = None  # what the embeddings gave last
-        self._ids_lead: bool | None = None  # whether longer sequences begin with `input_ids`; None: not seen yet
+        self._ids_lead: bool | None = None  # whether sequences longer than `input_ids` begin with them, once seen
         self._with_grad = False
         self._stops = False  # whether the forward ends once all has been recorded
 
@@ -118,14 +118,20 @@ class SequenceStates(StateSource):
             length = ids.shape[-1]
             if ids.ndim != 2 or text.shape[1] < length or video[:, :length].any() or text[:, length:].any():
                 return None
-            if self._ids_lead is None:
-                entered, looked_up = self.entered(), self._looked_up
-                if entered is None or looked_up is None or looked_up.shape[:2] != ids.shape:
-                    return None
-                self._ids_lead = torch.equal(entered[:, :length], looked_up.to(entered.dtype))
-            if not self._ids_lead:
+            if self._ids_lead is False:
                 return None
         return ids, text[:, : ids.shape[1]]
+
+    def _see_where_ids_are(self) -> None:
+        """Find out, once, whether the words' embeddings begin a longer sequence or lie behind something."""
+        entered, looked_up = self.entered(), self._looked_up
+        if self._ids_lead is not None or entered is None or looked_up is None or looked_up.ndim != entered.ndim:
+            return
+        length, behind = looked_up.shape[1], entered.shape[1] - looked_up.shape[1]
+        if len(looked_up) == len(entered) and behind > 0:
+            places = (entered[:, k : k + length] for k in range(behind + 1))
+            found = [torch.equal(place, looked_up.to(entered.dtype)) for place in places]
+            self._ids_lead = found[0] or not any(found)  # where words are changed on their way, nothing tells
 
     def in_sequence(self, batch: Batch, met: bool) -> VideoTextStates:
         """What was recorded, as states of video and of words.
@@ -147,6 +153,7 @@ class SequenceStates(StateSource):
                     f"{tuple(states.shape)}: give `video_token_mask` and `text_token_mask` over the positions of the "
                     "sequence that the adapted blocks see."
                 )
+        self._see_where_ids_are()
         recorded = list(self.recorded.values())
         words, word_mask = gathered(recorded, masks[1])
         if self.pools_frames:
@@ -168,7 +175,7 @@ def arguments_by_name(module: nn.Module, args: Any, kwargs: Any) -> dict[str, An
 
 def carries_states(name: str, value: Any) -> bool:
     """Whether an argument of a tower may hold a sample's video beside the embeddings: a cache, features of layers."""
-    if "mask" in name or "position" in name:
+    if "mask" in name or "position" in name or name == "labels":
         return False
     parts = value if isinstance(value, (list, tuple)) else [value]
     return any(hasattr(x, "get_seq_length") or (isinstance(x, Tensor) and x.is_floating_point()) for x in parts)

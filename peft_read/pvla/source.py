@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -148,6 +149,7 @@ class FunctionStates(StateSource):
 
 def masks_taken(model: nn.Module) -> tuple[str, ...]:
     """The token masks that the forward of a model, or of the base of an adapted one, names."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return tuple(name for name in TOKEN_MASKS if name in inspect.signature(type(base).forward).parameters)
 

@@ -60,7 +60,8 @@ class TokenMasks:
             video = reduce(or_, (ids == token for token in self.placeholders))
         video = video.bool()
         if text is None:
-            self._check_text_is_known(video, ids, valid)
+            if TOKEN_MASKS[0] in batch:
+                self._check_text_is_known(video, ids, valid)
             text = ~video
             if self.template.special and ids is not None and ids.shape == video.shape:
                 text = text & ~self.template.among(ids)
@@ -74,7 +75,7 @@ class TokenMasks:
     @staticmethod
     def _check_text_is_known(video: Tensor, ids: Tensor | None, valid: Tensor | None) -> None:
         for name, column in (("input_ids", ids), ("attention_mask", valid)):
-            if column is not None and column.shape != video.shape:
+            if column is not None and column.ndim == 2 and column.shape != video.shape:
                 raise ValueError(
                     f"{TOKEN_MASKS[0]!r} is over {tuple(video.shape)} positions, {name} over {tuple(column.shape)}: "
                     "nothing tells words from padding and special tokens. Let the collator give "

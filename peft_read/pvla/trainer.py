@@ -188,7 +188,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss plus the weighted alignment loss; arguments and result as of the Trainer's."""
-        masks = token_masks(inputs) or ({} if self._evaluated is None else self._evaluated.masks)
+        masks = ({} if self._evaluated is None else self._evaluated.masks) | token_masks(inputs)
         inputs, pvla = without_token_masks(inputs, self._masks_of_model()), self._pvla
         if pvla is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -252,15 +252,14 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         weigh = pvla.share is not None and pvla.share.is_due(step)
         if not (check or weigh):
             return
-        if not aligned.details.valid.any():  # a batch without video has no share: a later one is measured
-            weigh = False
         norms = None
         if not (self._is_sharded() or self._checkpoints_reentrantly()):  # else no gradient of parameters can be asked
-            compared = compared_parameters(
-                cast(nn.Module, self.model), alignment, isinstance(pvla.source, InputStates)
+            model, before = cast(nn.Module, self.model), isinstance(pvla.source, InputStates)
+            norms = self._mean_over_devices(
+                gradient_norms(task, alignment, compared_parameters(model, before), before)
             )
-            norms = gradient_norms([task, alignment], compared)
-        norms = None if norms is None else self.accelerator.reduce(norms, reduction="mean")
+        if norms is None and weigh:  # without any video a later batch is measured
+            weigh = bool(self.accelerator.reduce(aligned.details.valid.sum()) > 0)
         if weigh:
             assert pvla.share is not None
             if norms is None:
@@ -292,6 +291,12 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
 
     def _plan_of(self, pvla: Alignment, sample: int, aligned: Aligned, batch: Batch) -> ExamplePlan:
         return example_plan(sample, aligned.details, aligned.states, pvla.source.words(batch), self.processing_class)
+
+    def _mean_over_devices(self, norms: Tensor | None) -> Tensor | None:
+        """Over the devices that have norms; None if no device has."""
+        own = torch.zeros(3, device=self.args.device) if norms is None else torch.cat([norms, norms.new_ones(1)])
+        *sums, count = self.accelerator.reduce(own).unbind()
+        return torch.stack(sums) / count if count > 0 else None
 
     def _checkpoints_reentrantly(self) -> bool:
         options = self.args.gradient_checkpointing_kwargs

@@ -160,7 +160,6 @@ def test_a_sentence_is_not_told_from_itself_under_dropout(tmp_path):
 def test_ids_are_those_of_words_only_where_frames_come_behind_them():
     """Else the sequence's words lie elsewhere among the ids, and their states have to tell them."""
     source, ids = InputStates(grounding()), torch.arange(12).view(2, 6)
-    source._ids_lead = True  # as is seen when the model runs
 
     def told(frames, text):
         video, words = (torch.tensor([[i in places for i in range(9)]] * 2) for places in (frames, text))

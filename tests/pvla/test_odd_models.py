@@ -121,6 +121,7 @@ def test_a_model_gets_the_masks_that_it_names(weight, tmp_path):
     assert log.get("task_loss", log["loss"]) == pytest.approx(expected, abs=1e-6)
     found = trainer.evaluate()
     assert found.get("eval_task_loss", found["eval_loss"]) == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
+    assert found.get("eval_pvla_loss") == pytest.approx(log.get("pvla_loss"), abs=1e-6)
 
 
 def test_something_before_the_words(tmp_path):
