@@ -253,13 +253,15 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         if not (check or weigh):
             return
         norms = None
-        if not (self._is_sharded() or self._checkpoints_reentrantly()):  # else no gradient of parameters can be asked
+        # With negatives each device's gradients ask all others for theirs, which one without video has none of.
+        together = not pvla.loss.negatives or self._all_devices(aligned.details.valid.any())
+        if together and not (self._is_sharded() or self._checkpoints_reentrantly()):  # else no gradient of parameters can be asked
             model, before = cast(nn.Module, self.model), isinstance(pvla.source, InputStates)
             norms = self._mean_over_devices(
                 gradient_norms(task, alignment, compared_parameters(model, before), before)
             )
-        if norms is None and weigh:  # without any video a later batch is measured
-            weigh = bool(self.accelerator.reduce(aligned.details.valid.sum()) > 0)
+        if norms is None and weigh:  # without video a later batch is measured
+            weigh = together and bool(self.accelerator.reduce(aligned.details.valid.sum()) > 0)
         if weigh:
             assert pvla.share is not None
             if norms is None:
@@ -291,6 +293,9 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
 
     def _plan_of(self, pvla: Alignment, sample: int, aligned: Aligned, batch: Batch) -> ExamplePlan:
         return example_plan(sample, aligned.details, aligned.states, pvla.source.words(batch), self.processing_class)
+
+    def _all_devices(self, holds: Tensor) -> bool:
+        return bool(self.accelerator.reduce(holds.long()) == self.accelerator.num_processes)
 
     def _mean_over_devices(self, norms: Tensor | None) -> Tensor | None:
         """Over the devices that have norms; None if no device has."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_read import PvlaLoss
-from peft_read.pvla.contrast import same_states
+from peft_read.pvla.contrast import same_states, same_videos
 from peft_read.pvla.naive import naive_partial_transport
 
 
@@ -113,6 +113,19 @@ def test_the_same_video_is_no_negative():
         video[2] = video[0].flip(0)
     expected = contrast_by_hand(video, words, frame_mask, word_mask)
     assert_same_loss_and_gradient(contrastive()(video, words, frame_mask, word_mask), expected, [video, words])
+
+
+def test_videos_of_very_different_lengths():
+    """Short ones beside long ones, with much in common, are told from each other; so are ABBA and BAAB."""
+    generator = torch.Generator().manual_seed(0)
+    video = torch.randn(8, 600, 16, generator=generator) + 3 * torch.nn.functional.normalize(torch.ones(16), dim=0) * 4
+    lengths = torch.tensor([10] * 4 + [600] * 4)
+    mask = torch.arange(600) < lengths[:, None]
+    assert torch.equal(same_videos(video, mask, slice(0, 8)), torch.eye(8, dtype=torch.bool))
+    a, b = torch.randn(2, 16, generator=generator)
+    orders = torch.stack([torch.stack([a, b, b, a]), torch.stack([b, a, a, b]), torch.stack([a, b, b, a])])
+    found = same_videos(orders, torch.ones(3, 4, dtype=torch.bool), slice(0, 2))
+    assert found.tolist() == [[True, False, True], [False, True, False]]
 
 
 @pytest.mark.parametrize("length", [4, 60, 512])

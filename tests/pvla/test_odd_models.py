@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from alignment import CASES, ITERATIONS, REG, Case, alignment, collate, steps_logged, trainer_of
-from alignment_batches import pictured, places, random, words
+from alignment_batches import pictured, places, random, some_pictured, told, words
 from alignment_inputs import MODELS, grounding, watched
 from alignment_models import adapt
 from alignment_own import HasPrefix, ProjectsWords, PutsVideoIn, TakesMask, adapted
@@ -14,7 +14,7 @@ from test_pvla_pairs import captioned_videos, trainer_with_pairs
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration, Trainer, TrainingArguments
 from vlm_models import IDS, PATCH, base_model
 
-from peft_read import PvlaLoss
+from peft_read import PvlaLoss, VideoTextStates
 from peft_read.pvla.source import check_token_mask
 
 
@@ -149,19 +149,9 @@ def test_the_share_is_of_the_whole_step(tmp_path):
 
 def test_a_batch_without_video(tmp_path):
     """It counts in the task alone, also where its batch is the step's only one, or its samples are the negatives."""
-
-    def collator(examples):
-        batch = {n: torch.stack([torch.as_tensor(e[n]) for e in examples]) for n in examples[0] if n != "pixel_values"}
-        pictures = [e["pixel_values"] for e in examples if e["pixel_values"] is not None]
-        return batch | ({"pixel_values": torch.stack(pictures)} if pictures else {})
-
-    data = pictured(8)
-    for example in data[4:]:
-        ids = example["input_ids"].clone()
-        ids[1:5] = torch.tensor([5, 6, 7, 8])
-        example |= {"input_ids": ids, "labels": ids, "pixel_values": None}
+    data = [pictured(8)[row] if row < 4 else example for row, example in enumerate(told(8))]
     case = copy.copy(MODELS["llava"])
-    case.collator = collator
+    case.collator = some_pictured
     for options in ({}, {"pvla_negatives": True}, {"pvla_gradient_share": 0.1, "pvla_health_steps": 1}):
         model = case.model()
         logs = logged(case, model, tmp_path, train=data, batch=4, evaluate=[], remove_unused_columns=False, **options)
@@ -314,3 +304,33 @@ def test_a_dual_encoders_texts_padded_without_a_mask(tmp_path):
     expected = alignment(case.compared(model, collate(case, masked), outputs, {}))
     trainer = trainer_of(case, model, tmp_path, train=bare, evaluate=bare, learning_rate=0.0)
     assert trainer.evaluate()["eval_pvla_loss"] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_masks_of_pairs_of_tokens(tmp_path):
+    """The placeholders tell the video; which text is valid a mask of four dimensions doesn't say here."""
+    case = MODELS["llava"]
+    whole = torch.ones(1, 10, 10, dtype=torch.bool)
+    data = [example | {"attention_mask": whole} for example in pictured(4)]
+    assert logged(case, case.model(), tmp_path, train=data, batch=4, evaluate=[])[0]["pvla_loss"] > 0
+
+
+def test_a_first_example_without_video(tmp_path):
+    """It doesn't say that nothing is trained."""
+    case = copy.copy(MODELS["llava"])
+    case.collator = some_pictured
+    data = [*told(2), *pictured(2)]
+    logs = logged(case, case.model(), tmp_path, train=data, batch=2, evaluate=[], remove_unused_columns=False)
+    assert [log["pvla_loss"] > 0 for log in logs] == [False, True]
+
+
+def test_words_of_a_function_in_bfloat16(tmp_path):
+    """Sentences of the same ids are looked at in float32."""
+
+    def states(model, batch, outputs):
+        embedded = model.get_input_embeddings()(batch["input_ids"]).bfloat16()
+        return VideoTextStates(embedded[:, :3], embedded[:, 3:], met=False)
+
+    case = MODELS["trained embeddings"]
+    own = Case(None, lambda: [case.data()[0]] * 4, None, arguments={"pvla_states": states})
+    (log,) = logged(own, case.model(), tmp_path, pvla_negatives=True, pvla_health_steps=1)
+    assert log["pvla_loss"] == 0

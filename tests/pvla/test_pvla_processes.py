@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from alignment import CASES, CAUSAL, steps_logged, trainer_of, weights
-from alignment_batches import marked, spoken
+from alignment_batches import marked, pictured, some_pictured, spoken, told
 from alignment_inputs import MODELS, mean_over_frames, watched
 from devices import free_port, join
 from fresh import run_ranks
 
 
+PICTURED = replace(MODELS["llava"], collator=some_pictured)
 OWN = replace(MODELS["own model"], arguments={"compute_loss_func": mean_over_frames})
 
 
@@ -21,6 +22,10 @@ def repeated():
     for first, last in zip(data[::4], data[3::4], strict=True):
         last.update({name: first[name] for name in ("input_ids", "word_mask")})
     return data
+
+
+def half_pictured():
+    return [pictured(16)[row] if row % 4 < 2 else example for row, example in enumerate(told(16))]
 
 
 # Global batches of 8 in two accumulated steps; the third row holds no video, the last evaluated batch isn't full.
@@ -34,6 +39,9 @@ RUNS = {
         lambda: watched(16),
         {"pvla_negatives": True, "pvla_weight": 0.7},
     ),
+    # All samples of the second process are text alone.
+    "half": (PICTURED, half_pictured, {"pvla_negatives": True, "pvla_weight": 0.7, "pvla_health_steps": 1}),
+    "share of half": (PICTURED, half_pictured, {"pvla_gradient_share": 0.2, "pvla_health_steps": 1}),
     "share": (CASES["text encoder"], lambda: marked(16), {"pvla_gradient_share": 0.2, "pvla_health_steps": 1}),
 }
 
@@ -79,7 +87,7 @@ def processes(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ["classifier", "causal", "negatives", "pairs"])
+@pytest.mark.parametrize("name", ["classifier", "causal", "negatives", "pairs", "half"])
 def test_two_processes_are_one(name, processes, tmp_path):
     """Losses of each step, weights after them and means over the evaluated samples."""
     expected = run(name, tmp_path, 1)
@@ -93,9 +101,10 @@ def test_two_processes_are_one(name, processes, tmp_path):
             assert found["metrics"][part] == pytest.approx(expected["metrics"][part], abs=1e-5)
 
 
-def test_processes_share_a_weight(processes):
+@pytest.mark.parametrize("name", ["share", "share of half"])
+def test_processes_share_a_weight(name, processes):
     """The measured weight is one for all, so their adapters stay equal."""
-    first, second = (rank["share"] for rank in processes[1])
+    first, second = (rank[name] for rank in processes[1])
     assert [log["pvla_weight"] for log in first["logs"]] == [log["pvla_weight"] for log in second["logs"]]
     assert first["logs"][0]["pvla_gradient_share"] == pytest.approx(0.2, rel=1e-3)
     for parameter, value in first["weights"].items():

@@ -75,6 +75,24 @@ def pictured(rows=SAMPLES):
     return data
 
 
+def told(rows=SAMPLES):
+    """As `pictured`, without a picture."""
+    data = pictured(rows)
+    for example in data:
+        ids = example["input_ids"].clone()
+        ids[1:5] = torch.tensor([5, 6, 7, 8])
+        example |= {"input_ids": ids, "labels": ids, "pixel_values": None}
+    return data
+
+
+def some_pictured(examples):
+    """A batch of which some samples, or none, have a picture."""
+    names = [name for name in examples[0] if name != "pixel_values"]
+    batch = {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in names}
+    pictures = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
+    return batch | ({"pixel_values": torch.stack(pictures)} if pictures else {})
+
+
 def filmed(rows=SAMPLES):
     """Of Qwen2-VL: a video's placeholders, then text."""
     data = []
