@@ -255,7 +255,8 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         norms = None
         # With negatives each device's gradients ask all others for theirs, which one without video has none of.
         together = not pvla.loss.negatives or self._all_devices(aligned.details.valid.any())
-        if together and not (self._is_sharded() or self._checkpoints_reentrantly()):  # else no gradient of parameters can be asked
+        measurable = not (self._is_sharded() or self._checkpoints_reentrantly())  # by gradients of parameters
+        if together and measurable:
             model, before = cast(nn.Module, self.model), isinstance(pvla.source, InputStates)
             norms = self._mean_over_devices(
                 gradient_norms(task, alignment, compared_parameters(model, before), before)
