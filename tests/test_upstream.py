@@ -204,6 +204,7 @@ TABLE = [
         },
     ),
     *names(PVLA, "transformers.trainer_pt_utils", {"find_batch_size": ("tensors",)}),
+    *names(PVLA, "accelerate.utils", {"extract_model_from_parallel": ("model", "keep_torch_compile")}),
     *names(
         PVLA, "transformers.trainer_utils", {"EvalLoopOutput": ("predictions", "label_ids", "metrics", "num_samples")}
     ),
