@@ -204,7 +204,11 @@ TABLE = [
         },
     ),
     *names(PVLA, "transformers.trainer_pt_utils", {"find_batch_size": ("tensors",)}),
-    *names(PVLA, "accelerate.utils", {"extract_model_from_parallel": ("model", "keep_torch_compile")}),
+    *names(
+        PVLA,
+        "accelerate.utils",
+        {"extract_model_from_parallel": ("model", "keep_fp32_wrapper", "keep_torch_compile")},
+    ),
     *names(
         PVLA, "transformers.trainer_utils", {"EvalLoopOutput": ("predictions", "label_ids", "metrics", "num_samples")}
     ),
