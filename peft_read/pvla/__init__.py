@@ -8,6 +8,6 @@
   is words, `frames.py` which video tokens are one frame.
 - Training: `arguments.py` are the options, `alignment.py` what is aligned and how, `trainer.py` the Trainers.
   `pairs.py` draws pairs without labels, `gradient_share.py` weighs, `step_mean.py` is the mean over a step's labels.
-- Looking: `health.py` measures whether the alignment learns anything, `metrics.py` averages for the log, `trained.py`
-  says what could learn, `picture.py` draws transport plans.
+- Looking: `measuring.py` measures a step, `health.py` whether the alignment learns anything; `metrics.py` averages for
+  the log, `trained.py` says what could learn, `picture.py` draws transport plans.
 """

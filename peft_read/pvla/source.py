@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -151,7 +152,12 @@ def masks_taken(model: nn.Module) -> tuple[str, ...]:
     """The token masks that the forward of a model, or of the base of an adapted one, names."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return tuple(name for name in TOKEN_MASKS if name in inspect.signature(type(base).forward).parameters)
+    return _masks_named(type(base))
+
+
+@cache  # asked in every step
+def _masks_named(cls: Any) -> tuple[str, ...]:
+    return tuple(name for name in TOKEN_MASKS if name in inspect.signature(cls.forward).parameters)
 
 
 def without_token_masks(batch: Batch, taken: tuple[str, ...] = ()) -> dict[str, Any]:

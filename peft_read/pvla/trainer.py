@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Seq2SeqTrainer, Trainer
@@ -15,10 +14,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .alignment import Aligned, Alignment, EvaluatedBatch, check_batch, evaluating, mean_distance, rng_kept
 from .arguments import PvlaArguments, PvlaTrainingArguments
-from .gradient_share import compared_parameters, gradient_norms
-from .health import alignment_health
-from .input_states import InputStates
 from .loss import PvlaDetails
+from .measuring import MeasuringMixin
 from .metrics import MetricBuffer
 from .pairs import PairBatches
 from .picture import ExamplePlan, example_plan, log_plan
@@ -32,7 +29,7 @@ else:
     TrainerLike = object
 
 
-class PvlaMixin(StepMeanMixin, TrainerLike):
+class PvlaMixin(MeasuringMixin, StepMeanMixin, TrainerLike):
     """Makes a Trainer class add PVLA: inherit from this and from the class, in this order.
 
     The loss is the task's plus `pvla_weight` times the alignment's (arXiv 2312.06950). Both are logged, as `task_loss`
@@ -91,7 +88,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
                 f"PVLA doesn't work with nn.DataParallel, which the Trainer uses for {self.args.n_gpu} devices in one "
                 "process. Start one process for each device: `torchrun --nproc_per_node ...` or `accelerate launch`."
             )
-        if self.args.pvla_gradient_share is not None and self._is_sharded():
+        if self.args.pvla_gradient_share is not None and self.is_sharded():
             raise ValueError(
                 "pvla_gradient_share can't be measured on weights that FSDP or DeepSpeed shards. Set a pvla_weight "
                 "instead: the one that a run on one device logs as `pvla_weight` is a good start."
@@ -110,7 +107,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         check_batch(getattr(self.args, option), self.args.world_size, f"raise {option}")
 
     def _pair_batches(self, dataset: Any) -> PairBatches:
-        if self._is_sharded():
+        if self.is_sharded():
             raise ValueError(
                 "pairs_dataset doesn't work with weights that FSDP or DeepSpeed shards: pairs run through the model "
                 "apart from the task. Train with DDP, or align the pairs first, on their own."
@@ -208,7 +205,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
                 aligned = pvla.align(pvla.source.states(model, batch, outputs), batch)
                 if in_step:
                     alignment = self._mean_over_step(pvla, aligned.details)
-                    self._measure(pvla, task / divisor, alignment, aligned, batch)
+                    self.measure(pvla, task / divisor, alignment, aligned, batch)
                 else:
                     alignment = mean_distance(aligned.details)
             if not model.training:
@@ -231,7 +228,7 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
             aligned = pvla.align(pvla.source.states(model, batch, outputs), batch)
             pvla.samples_in_step = self.accelerator.reduce(aligned.details.valid.sum())
             alignment = self._mean_over_step(pvla, aligned.details)
-            self._measure(pvla, task, alignment, aligned, batch)
+            self.measure(pvla, task, alignment, aligned, batch)
         return alignment
 
     def _mean_over_step(self, pvla: Alignment, details: PvlaDetails) -> Tensor:
@@ -243,48 +240,6 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
         samples = pvla.samples_in_step.clamp(min=1)
         return details.loss.sum() * self.accelerator.num_processes / samples  # gradients are averaged over devices
 
-    def _measure(self, pvla: Alignment, task: Tensor, alignment: Tensor, aligned: Aligned, batch: Batch) -> None:
-        """Set the weight anew, and take the figures of health, where it is time."""
-        step, every = self.state.global_step, self.args.pvla_health_steps
-        check = every > 0 and step % every == 0 and pvla.checked_at != step
-        if pvla.share is not None:
-            pvla.share.resume(self.state.log_history)
-        weigh = pvla.share is not None and pvla.share.is_due(step)
-        if not (check or weigh):
-            return
-        norms = None
-        # With negatives each device's gradients ask all others for theirs, which one without video has none of.
-        together = not pvla.loss.negatives or self._all_devices(aligned.details.valid.any())
-        measurable = not (self._is_sharded() or self._checkpoints_reentrantly())  # by gradients of parameters
-        if together and measurable:
-            model, before = cast(nn.Module, self.model), isinstance(pvla.source, InputStates)
-            norms = self._mean_over_devices(
-                gradient_norms(task, alignment, compared_parameters(model, before), before)
-            )
-        if norms is None and weigh:  # without video a later batch is measured
-            weigh = together and bool(self.accelerator.reduce(aligned.details.valid.sum()) > 0)
-        if weigh:
-            assert pvla.share is not None
-            if norms is None:
-                raise RuntimeError(
-                    "The gradient that pvla_gradient_share compares reaches none of READ's weights. With gradient "
-                    "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}. Where the states are "
-                    "none of READ's, set a pvla_weight instead."
-                )
-            if pvla.share.measure(step, norms):
-                # The log travels with checkpoints, so a resumed run goes on with this weight.
-                self.state.log_history.append({"pvla_weight": pvla.weight, "step": step})
-        if check:
-            pvla.checked_at = step
-            pvla.warn_of_twins(aligned.states, batch)
-            with torch.no_grad(), rng_kept(self.args.device):
-                can_run = not (pvla.source.met and self._is_sharded())
-                mismatched = pvla.source.mismatched(aligned.states, batch) if can_run else None
-            health = alignment_health(pvla.loss, aligned.states, aligned.details, mismatched)
-            if norms is not None:
-                health["gradient_share"] = pvla.weight * norms[1] / norms[0]
-            self._metrics_of_pvla.append("train", {f"pvla_{name}": value for name, value in health.items()})
-
     def _remember_evaluated(self, pvla: Alignment, task: Tensor, aligned: Aligned, batch: Batch) -> None:
         if self._evaluated is not None:
             self._evaluated.task, self._evaluated.details = task, aligned.details
@@ -294,22 +249,6 @@ class PvlaMixin(StepMeanMixin, TrainerLike):
 
     def _plan_of(self, pvla: Alignment, sample: int, aligned: Aligned, batch: Batch) -> ExamplePlan:
         return example_plan(sample, aligned.details, aligned.states, pvla.source.words(batch), self.processing_class)
-
-    def _all_devices(self, holds: Tensor) -> bool:
-        return bool(self.accelerator.reduce(holds.long()) == self.accelerator.num_processes)
-
-    def _mean_over_devices(self, norms: Tensor | None) -> Tensor | None:
-        """Over the devices that have norms; None if no device has."""
-        own = torch.zeros(3, device=self.args.device) if norms is None else torch.cat([norms, norms.new_ones(1)])
-        *sums, count = self.accelerator.reduce(own).unbind()
-        return torch.stack(sums) / count if count > 0 else None
-
-    def _checkpoints_reentrantly(self) -> bool:
-        options = self.args.gradient_checkpointing_kwargs
-        return bool(self.args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"))
-
-    def _is_sharded(self) -> bool:
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     def _masks_of_model(self) -> tuple[str, ...]:
         return masks_taken(cast(nn.Module, self.model))
