@@ -152,12 +152,12 @@ def masks_taken(model: nn.Module) -> tuple[str, ...]:
     """The token masks that the forward of a model, or of the base of an adapted one, names."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return _masks_named(type(base))
+    return _masks_named(type(base).forward)
 
 
 @cache  # asked in every step
-def _masks_named(cls: Any) -> tuple[str, ...]:
-    return tuple(name for name in TOKEN_MASKS if name in inspect.signature(cls.forward).parameters)
+def _masks_named(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(name for name in TOKEN_MASKS if name in inspect.signature(forward).parameters)
 
 
 def without_token_masks(batch: Batch, taken: tuple[str, ...] = ()) -> dict[str, Any]:
