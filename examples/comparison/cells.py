@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -217,8 +218,9 @@ def peak_memory(task: Task, cell: Cell, output: Path) -> float:
 
 
 def quiet() -> None:
-    """Settings of a process that runs cells: one thread, few words."""
+    """Settings of a process that runs cells: one thread, few words, no search for garbage among what was imported."""
     torch.set_num_threads(1)
+    gc.freeze()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # PEFT's prefix tuning gives transformers 5.24 its cache by the old name.
