@@ -1,5 +1,7 @@
 """Files whose weights are no numbers, named twice or of another configuration, and batches that can't be mixed."""
 
+from pickle import UnpicklingError
+
 import pytest
 import torch
 from models import base_model
@@ -119,7 +121,7 @@ def test_buffers_are_numbers_as_well(tmp_path):
     ids=["list", "None", "sparse", "nested", "meta"],
 )
 def test_odd_values_of_pickled_weights(change, message, low_cpu_mem_usage, tmp_path):
-    """Named, whichever way they are copied."""
+    """Named, whichever way they are copied; torch 2.15 itself reads no nested tensors."""
     llama().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     (tmp_path / WEIGHTS).unlink()
@@ -127,7 +129,8 @@ def test_odd_values_of_pickled_weights(change, message, low_cpu_mem_usage, tmp_p
     torch.save(tensors | {key: change(tensors[key])}, tmp_path / "adapter_model.bin")
     base = base_model("llama")
     before = logits(base)
-    with pytest.raises(ValueError, match=rf"nothing was loaded[\s\S]*{message}"):
+    refused = rf"nothing was loaded[\s\S]*{message}|_rebuild_nested_tensor was not an allowed global"
+    with pytest.raises((ValueError, UnpicklingError), match=refused):
         PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     torch.testing.assert_close(logits(base), before, **EXACT)
 
