@@ -41,7 +41,7 @@ from comparison.cells import (
 )
 from comparison.grounding import GroundingTask
 from comparison.methods import METHODS
-from comparison.report import draw, table
+from comparison.report import draw, table, table_by_videos
 from comparison.summaries import SummaryTask
 
 
@@ -238,18 +238,22 @@ def command(args: argparse.Namespace) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The tables of all panels and settings, as markdown."""
-    parts = []
+    """Of each panel, the first setting with all that was measured, then the scores by training videos; as markdown."""
+    parts, runs = [], results["runs"]
+    settings = [tuple(setting) for setting in results["settings"]]
+    videos, steps = settings[0]
     for panel, known in results["panels"].items():
-        oracle = known["oracle"]
-        if oracle:
-            parts.append(
-                f"{panel}: who doesn't see the order scores {statistics.mean(oracle):.1f} {known['metrics'][0]}."
-            )
-        for videos, steps in results["settings"]:
-            rows = table(results["runs"], panel, videos, steps, known["metrics"], results["memory"].get(panel, {}))
-            if rows.count("\n") > 1:
-                parts.append(f"{panel}, {videos} training videos, {steps} steps:\n\n{rows}")
+        oracle, metrics = known["oracle"], known["metrics"]
+        if not any(run["panel"] == panel and run["chosen"] for run in runs):
+            continue
+        parts.append(f"{panel}: who doesn't see the order scores {statistics.mean(oracle):.1f} {metrics[0]}.")
+        rows = table(runs, panel, videos, steps, metrics, results["memory"].get(panel, {}))
+        if rows.count("\n") > 1:
+            parts.append(f"{panel}, {videos} training videos, {steps} steps:\n\n{rows}")
+        for length in sorted({length for _, length in settings} if len(settings) > 1 else ()):
+            counts = sorted(count for count, its_length in settings if its_length == length)
+            rows = table_by_videos(runs, panel, counts, length, metrics[0])
+            parts.append(f"{panel}, {metrics[0]} after {length} steps, by training videos:\n\n{rows}")
     return "\n\n".join(parts)
 
 

@@ -40,7 +40,7 @@ def pages() -> dict[Path, str]:
     bases = json.loads((RESULTS / "remade_bases.json").read_text(encoding="utf-8"))
     results = json.loads((RESULTS / "low_resource.json").read_text(encoding="utf-8"))
     study = Results(BENCHMARKS / "pvla_pairs.json")
-    lines = [_first_example(bases), *(_panel(results, panel) for panel in _told(results)), _limits(results)]
+    lines = [_first_example(bases), *(_panel(results, *told) for told in _told(results).items()), _limits(results)]
     measured = f"{_made_on(bases)}\n\n{bases_table(bases['runs'])}\n\n{_made_on(results)}\n\n{tables(results)}"
     front, tables_page, pvla = EXAMPLES.parent / "README.md", RESULTS / "README.md", BENCHMARKS / "pvla.md"
     made = {front: {"measured": "\n".join(lines)}, tables_page: {"measured": measured}}
@@ -48,11 +48,15 @@ def pages() -> dict[Path, str]:
     return {page: _fill(page.read_text(encoding="utf-8"), parts) for page, parts in made.items()}
 
 
-def _told(results: dict[str, Any]) -> list[str]:
-    """The panels of which enough was run: READ with both cells, and a peer."""
-    found = {panel: _means(results, panel)[1].keys() for panel in TASKS if panel in results["panels"]}
-    ours = {"read-gru", "read-rnn"}
-    return [panel for panel, methods in found.items() if ours <= methods and any(map(_is_peer, methods))]
+def _told(results: dict[str, Any]) -> dict[str, list[tuple[int, int]]]:
+    """By panel, the settings with the first one's videos of which enough was run: READ with both cells, and a peer."""
+    ours, videos = {"read-gru", "read-rnn"}, results["settings"][0][0]
+    settings = sorted((count, steps) for count, steps in results["settings"] if count == videos)
+    told = {}
+    for panel in filter(results["panels"].__contains__, TASKS):
+        methods = {setting: _means(results, panel, setting)[1].keys() for setting in settings}
+        told[panel] = [setting for setting, some in methods.items() if ours <= some and any(map(_is_peer, some))]
+    return {panel: some for panel, some in told.items() if some}
 
 
 def _is_peer(method: str) -> bool:
@@ -90,39 +94,42 @@ def _first_example(bases: dict[str, Any]) -> str:
     )
 
 
-def _panel(results: dict[str, Any], panel: str) -> str:
-    runs, means = _means(results, panel)
-
-    def told(method: str) -> str:
-        metric = results["panels"][panel]["metrics"][0]
-        return mean_and_spread([run["test"][metric] for run in runs[method]])
-
-    metric, best = results["panels"][panel]["metrics"][0], _best_peer(means)
-    oracle = statistics.mean(results["panels"][panel]["oracle"])
+def _panel(results: dict[str, Any], panel: str, settings: list[tuple[int, int]]) -> str:
+    metric, parts = results["panels"][panel]["metrics"][0], []
+    for setting in settings:
+        runs, means = _means(results, panel, setting)
+        told = {method: mean_and_spread([run["test"][metric] for run in some]) for method, some in runs.items()}
+        best = _best_peer(means)
+        ours = f"READ with a GRU {told['read-gru']}, the paper's tanh RNN {told['read-rnn']}"
+        if "read-pvla" in told:
+            ours += f", GRU and PVLA {told['read-pvla']}"
+        parts.append(f"after {setting[1]} steps {ours}, best peer {told[best]} ({METHODS[best].label})")
     bases = len(runs["read-gru"])
-    task = f"{TASKS[panel]} (test {metric}, {bases} base{'s' * (bases > 1)})"
-    ours = f"READ with a GRU {told('read-gru')}, with the paper's tanh RNN {told('read-rnn')}"
-    return f"- {task}: {ours}; best peer: {METHODS[best].label}, {told(best)}; without order {oracle:.1f}."
+    task = f"{TASKS[panel]} (test {metric}, {bases} base{'s' * (bases > 1)}, {settings[0][0]} videos)"
+    oracle = statistics.mean(results["panels"][panel]["oracle"])
+    return f"- {task}: {'; '.join(parts)}; without order {oracle:.1f}."
 
 
 def _limits(results: dict[str, Any]) -> str:
     """Where READ is behind a peer, and what nothing of this shows."""
     behind = []
-    for panel in _told(results):
-        means = _means(results, panel)[1]
-        best = _best_peer(means)
-        if means[best] > means["read-gru"]:
-            behind.append(f"{panel} ({METHODS[best].label})")
+    for panel, settings in _told(results).items():
+        for setting in settings:
+            means = _means(results, panel, setting)[1]
+            if means[_best_peer(means)] > means["read-gru"]:
+                behind.append(f"{panel} after {setting[1]} steps")
     return (
-        f"- READ isn't first in: {', '.join(behind) or 'none of these'}. Videos are synthetic, bases small; none of "
-        "the paper's own results is rerun: [tables, picture, limits](examples/results/README.md)."
+        f"- READ with a GRU is behind a peer in: {', '.join(behind) or 'none of these'}. Videos are synthetic, bases "
+        "small; none of the paper's own results is rerun: [tables, picture, limits](examples/results/README.md)."
     )
 
 
-def _means(results: dict[str, Any], panel: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
-    """By method, the runs of the first setting, and their mean test score."""
-    metric, (videos, steps) = results["panels"][panel]["metrics"][0], results["settings"][0]
-    runs = of_setting(results["runs"], panel, videos, steps)
+def _means(
+    results: dict[str, Any], panel: str, setting: tuple[int, int]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
+    """By method, the runs of a setting, and their mean test score."""
+    metric = results["panels"][panel]["metrics"][0]
+    runs = of_setting(results["runs"], panel, *setting)
     return runs, {method: statistics.mean(run["test"][metric] for run in some) for method, some in runs.items()}
 
 

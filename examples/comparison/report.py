@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 
 
 Results = Sequence[dict[str, Any]]
+REFERENCE = "read-gru"  # with which the others are compared, base by base
 
 
 def of_setting(results: Results, panel: str, videos: int, steps: int) -> dict[str, list[dict[str, Any]]]:
@@ -43,6 +44,22 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
+def beside_reference(runs: Results, reference: Results, metric: str) -> str:
+    """A method's score minus the reference's on the same base, and on how many of the bases the method is ahead.
+
+    Args:
+        runs: of the method, one a base.
+        reference: the runs of `REFERENCE`.
+        metric: the score.
+    """
+    theirs = {run["seed"]: run["test"][metric] for run in reference}
+    gains = [run["test"][metric] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    if not gains or runs == reference:
+        return ""
+    spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+    return f"{statistics.mean(gains):+.1f}{spread} ({sum(gain > 0 for gain in gains)} of {len(gains)})"
+
+
 def table(
     results: Results, panel: str, videos: int, steps: int, metrics: Sequence[str], memory: dict[str, float]
 ) -> str:
@@ -56,14 +73,42 @@ def table(
         metrics: columns, names of test scores.
         memory: of each method, peak memory in MiB, where it was measured.
     """
-    lines = [f"| method | {' | '.join(metrics)} | bases | weights | rate | CPU s a step | peak MiB |"]
-    lines.append("|---|" + "---|" * (len(metrics) + 5))
-    for method, runs in of_setting(results, panel, videos, steps).items():
+    beside = f"{metrics[0]} minus {METHODS[REFERENCE].label}'s (ahead)"
+    columns = ["method", *metrics, beside, "bases", "weights", "rate", "CPU s a step", "peak MiB"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    methods = of_setting(results, panel, videos, steps)
+    for method, runs in methods.items():
         cells = [mean_and_spread([run["test"][metric] for run in runs]) for metric in metrics]
+        cells.append(beside_reference(runs, methods.get(REFERENCE, []), metrics[0]))
         seconds = statistics.median(run["cpu_seconds_a_step"] for run in runs)
         peak = f"{memory[method]:.0f}" if method in memory else "-"
         cells += [str(len(runs)), f"{runs[0]['weights']:,}", f"{runs[0]['rate']:g}", f"{seconds:.3f}", peak]
         lines.append(f"| {METHODS[method].label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_by_videos(results: Results, panel: str, counts: Sequence[int], steps: int, metric: str) -> str:
+    """The score of each method by the number of training videos, as markdown; in brackets, how many bases if not all.
+
+    Args:
+        results: of all runs.
+        panel: the task.
+        counts: of training videos, a column each.
+        steps: of training.
+        metric: the score.
+    """
+    found = {count: of_setting(results, panel, count, steps) for count in counts}
+    bases = max((len(runs) for methods in found.values() for runs in methods.values()), default=0)
+
+    def told(runs: Results) -> str:
+        few = f" ({len(runs)})" if len(runs) < bases else ""
+        return mean_and_spread([run["test"][metric] for run in runs]) + few if runs else "-"
+
+    lines = [f"| method | {' | '.join(map(str, counts))} |", "|---" * (1 + len(counts)) + "|"]
+    for method in METHODS:
+        runs_of = [found[count].get(method, []) for count in counts]
+        if any(runs_of):
+            lines.append(f"| {METHODS[method].label} | {' | '.join(map(told, runs_of))} |")
     return "\n".join(lines)
 
 
@@ -93,6 +138,9 @@ def draw(
             row[2].plot(steps_seen, [statistics.mean(scores) for scores in curves], **style)
         row[0].set(xscale="log", xlabel="trained weights", ylabel=f"test {metric}", title=f"{panel}: {videos} videos")
         row[1].set(xscale="log", xlabel="training videos", title=f"{panel}: {steps} steps")
+        counts = sorted({run["videos"] for run in results})
+        row[1].set_xticks(counts, list(map(str, counts)))
+        row[1].minorticks_off()
         row[2].set(xlabel="steps", ylabel=f"validation {metric}", title=f"{panel}: learning curves")
         row[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=90)

@@ -12,7 +12,7 @@ import torch
 from comparison.cells import GRID_SEED, RATES, Cell, Store, chosen_rates, finals, grid, run
 from comparison.grounding import GroundingTask
 from comparison.methods import METHODS, adapt
-from comparison.report import mean_and_spread, of_setting, table
+from comparison.report import beside_reference, mean_and_spread, of_setting, table, table_by_videos
 from comparison.summaries import SummaryTask
 from summarisation.how2 import SummarySample
 from summarisation.modeling import SummaryConfig, SummaryModel
@@ -170,15 +170,32 @@ def test_a_table_is_made_of_the_chosen_rate_alone():
     """Mean and standard deviation over bases, how many, and methods in their order."""
     results = [result_of("read-gru", seed, value) for seed, value in enumerate((90.0, 92.0))]
     results += [
-        result_of("head", 0, 50.0),
+        result_of("head", 1, 50.0),
         result_of("read-gru", 0, 10.0, rate=1e-3),
         result_of("lora", 0, 1.0, steps=400),
     ]
     assert list(of_setting(results, "set", 100, 200)) == ["head", "read-gru"]
     rows = table(results, "set", 100, 200, ["mAP"], {"head": 321}).splitlines()
-    assert rows[2] == "| head alone | 50.0 | 1 | 1,234 | 0.01 | 0.500 | 321 |"
-    assert rows[3] == "| READ, GRU | 91.0 ± 1.4 | 2 | 1,234 | 0.01 | 0.500 | - |"
+    assert rows[2] == "| head alone | 50.0 | -42.0 (0 of 1) | 1 | 1,234 | 0.01 | 0.500 | 321 |"
+    assert rows[3] == "| READ, GRU | 91.0 ± 1.4 |  | 2 | 1,234 | 0.01 | 0.500 | - |"
     assert mean_and_spread([1.0, 3.0]) == "2.0 ± 1.4"
+
+
+def test_a_method_is_compared_base_by_base():
+    """The bases differ more than the methods do: on each, the lone difference counts."""
+    ours = [result_of("read-gru", seed, value) for seed, value in enumerate((50.0, 90.0, 70.0))]
+    theirs = [result_of("lora", seed, value) for seed, value in ((0, 51.0), (2, 73.0), (4, 10.0))]
+    assert beside_reference(theirs, ours, "mAP") == "+2.0 ± 1.4 (2 of 2)"
+    assert beside_reference(theirs[2:], ours, "mAP") == ""
+
+
+def test_scores_by_training_videos():
+    """What is missing shows as such, and so do fewer bases."""
+    results = [result_of("read-gru", seed, 90.0 + seed, videos=videos) for seed in (0, 2) for videos in (25, 100)]
+    results += [result_of("head", 1, 50.0, videos=100), result_of("head", 1, 9.0, videos=25, steps=400)]
+    rows = table_by_videos(results, "set", [25, 100], 200, "mAP").splitlines()
+    assert rows[0] == "| method | 25 | 100 |"
+    assert rows[2:] == ["| head alone | - | 50.0 (1) |", "| READ, GRU | 91.0 ± 1.4 | 91.0 ± 1.4 |"]
 
 
 def test_a_whole_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
