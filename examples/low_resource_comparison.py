@@ -217,6 +217,7 @@ def collect(args: argparse.Namespace, store: Store) -> dict[str, Any]:
         there = [seed for seed in args.seeds if any(r["panel"] == panel and r["seed"] == seed for r in runs)]
         oracle = [task.oracle(seed) for seed in there]
         panels[panel] = {"metrics": [task.metric, task.second_metric], "oracle": oracle}
+    runs = [_told(run, panels[run["panel"]]["metrics"], args.settings[0]) for run in runs]
     return {
         "command": command(args),
         "machine": describe_machine(),
@@ -225,6 +226,13 @@ def collect(args: argparse.Namespace, store: Store) -> dict[str, Any]:
         "memory": json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {},
         "runs": runs,
     }
+
+
+def _told(run: dict[str, Any], metrics: Sequence[str], drawn: tuple[int, int]) -> dict[str, Any]:
+    """What tables and picture tell of a run; the rest, such as its training losses, stays in the work folder."""
+    left_out = {"losses", "seconds"} | ({"validation_curve"} if (run["videos"], run["steps"]) != drawn else set())
+    scores = {"validation": {metrics[0]: run["validation"][metrics[0]]}, "test": {m: run["test"][m] for m in metrics}}
+    return {name: value for name, value in run.items() if name not in left_out} | scores
 
 
 def command(args: argparse.Namespace) -> str:

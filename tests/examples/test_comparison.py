@@ -230,6 +230,9 @@ def test_a_whole_run_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     assert "positions: who doesn't see the order scores" in said
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert len(results["runs"]) == 2 * 2 + 2 * 4  # rates are chosen on a seed of their own
+    told = {key for run in results["runs"] for key in run}
+    assert told >= {"test", "validation", "validation_curve"}
+    assert not told & {"losses", "seconds"}, "what no page tells stays in the work folder"
     assert {folder.name for folder in (tmp_path / "work" / "made").iterdir()} == {"0", "1", "2"}
     assert results["command"].endswith("--panels positions --methods head read-gru --seeds 1 2 --settings 8x2 4x2")
     assert results["memory"]["positions"].keys() == {"head", "read-gru"}
